@@ -1,0 +1,79 @@
+"""What the rest of kvarn knows about a loaded model: its shape, what goes into one forward pass and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape of a causal language model. Sizes in elements unless named otherwise."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    """Tokens of prompt + output the model was made for."""
+    eos_tokens: frozenset[int]
+    dtype: torch.dtype
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class KVMemory:
+    """The KV pool's memory on one device, page-major: all layers' K and V of one block are contiguous.
+
+    pages           [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+    slot_positions  [num_blocks, block_size] int32: position of the token in each slot
+    """
+
+    pages: torch.Tensor
+    slot_positions: torch.Tensor
+
+    def layer(self, index: int) -> torch.Tensor:
+        """[num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
+        return self.pages[:, index]
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """Tensors of one forward pass over T rows of S sequences; R of the rows want logits. See kernels/ops.py."""
+
+    tokens: torch.Tensor
+    """[T] int64"""
+    positions: torch.Tensor
+    """[T] int32"""
+    slots: torch.Tensor
+    """[T] int32: where each row's K and V go: block * block_size + offset."""
+    block_tables: torch.Tensor
+    """[S, M] int32"""
+    kv_slots: torch.Tensor
+    """[S] int32"""
+    query_starts: torch.Tensor
+    """[S + 1] int32"""
+    logit_rows: torch.Tensor
+    """[R] int64"""
+
+
+class Decoder(Protocol):
+    """A causal language model over paged KV memory."""
+
+    spec: ModelSpec
+
+    def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
+        """Write the K and V of every row into `kv` and return logits [R, vocab_size] (any float dtype).
+
+        The caller has already written `kv.slot_positions` for the batch's slots.
+        """
+        ...

@@ -1,0 +1,107 @@
+"""What the API process and the engine process say to each other: msgspec structs over two ZeroMQ sockets.
+
+Token ids cross, text does not: tokenising, chat templates, detokenising, stop strings and tool calls are the
+API process's work, so the engine process does nothing but schedule and compute.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvarn.serving.batch import TokenLogprobs
+from kvarn.serving.sampling.params import SamplingParams
+
+# ---- API -> engine ---------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True):
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    tenant: str = ""
+    priority: int = 0
+    timeout: float = float("inf")
+    """Seconds from arrival after which the engine gives the request up."""
+
+
+class Cancel(msgspec.Struct, tag="cancel", array_like=True):
+    id: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
+
+
+ToEngine = Submit | Cancel | Shutdown
+
+# ---- engine -> API ---------------------------------------------------------------------------------------
+
+
+class Loading(msgspec.Struct, tag="loading", array_like=True):
+    """Progress of start-up, for people who wait."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    """The engine serves from now on."""
+
+    max_context: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    device: str
+    dtype: str
+    load_seconds: float
+
+
+class TokenOutput(msgspec.Struct, array_like=True):
+    """News of one request after one step."""
+
+    id: str
+    tokens: list[int]
+    finish_reason: str | None = None
+    """A FinishReason value when this is the last news of the request."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Beside `tokens` when asked for."""
+    cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache; valid with the first token."""
+    error: str | None = None
+    error_field: str | None = None
+    """With finish_reason "error": what to tell the client; error_field set means the input was at fault (HTTP 400)."""
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """Where the engine stands; sent with outputs, at most a few times a second. Counters are since start."""
+
+    waiting: int = 0
+    running: int = 0
+    blocks_free: int = 0
+    blocks_active: int = 0
+    blocks_cached: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix index."""
+    prefix_hits: int = 0
+    """Prompt tokens found there."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    output_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
+
+
+class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
+    outputs: list[TokenOutput]
+    stats: EngineStats | None = None
+
+
+class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
+    """The engine cannot start (model, memory): the message says what to do; nothing follows."""
+
+    message: str
+
+
+FromEngine = Loading | Ready | StepOutputs | StartFailed

@@ -1,0 +1,29 @@
+"""What the engine asks of whatever computes: a torch device, or a simulated one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvarn.serving.batch import Batch, SampledToken
+from kvarn.serving.request import Request
+
+
+class Executor(Protocol):
+    """Computes batches. Holds weights and KV memory; decides nothing."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that its memory holds."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Prepare per-request state (seed, penalties, grammar). Raises RequestError when it cannot be served."""
+        ...
+
+    def execute(self, batch: Batch) -> list[SampledToken]:
+        """One forward pass; one SampledToken for each row with `samples`, in batch order."""
+        ...
+
+    def remove(self, request: Request) -> None:
+        """Forget the request's state. Called once for each added request, however it ended."""
+        ...

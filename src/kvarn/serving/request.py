@@ -1,0 +1,125 @@
+"""A request and its states.
+
+One state machine, one table. A request waits until the policy grants it tokens; it then runs (prefill and
+decode are both "running": what differs is how many tokens it has left to compute) until it finishes. A
+preempted request gives its KV blocks back and waits again; its tokens are kept, so recomputing them
+(Source: vLLM's recompute preemption) gives the same continuation.
+
+    WAITING --grant--> RUNNING --last token--> FINISHED
+       ^                  |
+       +-----preempt------+          cancel, deadline and faults lead to FINISHED from everywhere
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.errors import IllegalTransition
+from kvarn.serving.sampling.params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_LEGAL = {
+    (RequestState.WAITING, RequestState.RUNNING),
+    (RequestState.RUNNING, RequestState.WAITING),
+    (RequestState.WAITING, RequestState.FINISHED),
+    (RequestState.RUNNING, RequestState.FINISHED),
+}
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence being generated. Owned and changed by the engine alone.
+
+    `tokens` holds prompt and output; the first `num_tokens` entries are valid and the first `num_computed`
+    of them have their KV in `blocks`.
+    """
+
+    id: str
+    prompt_length: int
+    params: SamplingParams
+    tokens: NDArray[np.int32]
+    arrival: float
+    """Seconds on the engine's clock."""
+    tenant: str = ""
+    """Salt of the prefix cache: equal prefixes of different tenants never share blocks."""
+    priority: int = 0
+    """Lower runs first."""
+    deadline: float = float("inf")
+    """Seconds on the engine's clock after which the request is given up."""
+    stop_tokens: frozenset[int] = frozenset()
+    """End-of-sequence and stop token ids that end this request."""
+    state: RequestState = RequestState.WAITING
+    num_tokens: int = 0
+    num_computed: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache at first admission."""
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained content hashes of the full blocks of `tokens`, extended as tokens arrive."""
+    preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    first_token_time: float | None = None
+
+    @classmethod
+    def create(
+        cls,
+        id: str,
+        prompt: list[int] | NDArray[np.int32],
+        params: SamplingParams,
+        *,
+        arrival: float,
+        eos_tokens: frozenset[int] = frozenset(),
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float = float("inf"),
+    ) -> Request:
+        tokens = np.empty(len(prompt) + params.max_tokens, dtype=np.int32)
+        tokens[: len(prompt)] = prompt
+        stop_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_tokens)
+        return cls(
+            id=id, prompt_length=len(prompt), params=params, tokens=tokens, arrival=arrival, tenant=tenant,
+            priority=priority, deadline=deadline, stop_tokens=stop_tokens, num_tokens=len(prompt),
+        )  # fmt: skip
+
+    def move_to(self, state: RequestState) -> None:
+        """Apply one transition of the table; an illegal one raises IllegalTransition."""
+        if (self.state, state) not in _LEGAL:
+            raise IllegalTransition(f"request {self.id}: {self.state.value} -> {state.value}")
+        self.state = state
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - self.prompt_length
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is missing: 1 in decode, more in prefill."""
+        return self.num_tokens - self.num_computed
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add one output token; the reason when it is the last."""
+        self.tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        if token in self.stop_tokens and self.num_outputs > self.params.min_tokens:
+            return FinishReason.STOP
+        if self.num_outputs >= self.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
