@@ -24,7 +24,7 @@ class ScheduledRequest:
 
 @dataclass(slots=True)
 class Batch:
-    """What an executor computes in one forward pass. Every row's KV blocks are already in `request.blocks`."""
+    """What an executor computes in one forward pass. Every row's KV blocks are already in its request's block table."""
 
     rows: list[ScheduledRequest] = field(default_factory=list)
 

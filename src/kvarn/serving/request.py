@@ -22,6 +22,10 @@ from kvarn.errors import IllegalTransition
 from kvarn.serving.sampling.params import SamplingParams
 
 
+_OUTPUT_ROOM = 256
+"""Output tokens to make room for at first; the buffer doubles when it is full."""
+
+
 class RequestState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -49,7 +53,7 @@ class Request:
     """One sequence being generated. Owned and changed by the engine alone.
 
     `tokens` holds prompt and output; the first `num_tokens` entries are valid and the first `num_computed`
-    of them have their KV in `blocks`.
+    of them have their KV in the blocks of `block_table`.
     """
 
     id: str
@@ -71,9 +75,15 @@ class Request:
     num_computed: int = 0
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache at first admission."""
-    blocks: list[int] = field(default_factory=list)
+    block_table: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    """Ids of the KV blocks held, in token order; the first `num_blocks` entries are valid."""
+    num_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained content hashes of the full blocks of `tokens`, extended as tokens arrive."""
+    indexed_blocks: int = 0
+    """How many leading blocks are in the prefix index."""
+    prefix_entry: int = 0
+    """The index entry of the last of them (see kvcache.prefix); 0 is the root."""
     preemptions: int = 0
     finish_reason: FinishReason | None = None
     first_token_time: float | None = None
@@ -91,7 +101,7 @@ class Request:
         priority: int = 0,
         deadline: float = float("inf"),
     ) -> Request:
-        tokens = np.empty(len(prompt) + params.max_tokens, dtype=np.int32)
+        tokens = np.empty(len(prompt) + min(params.max_tokens, _OUTPUT_ROOM), dtype=np.int32)
         tokens[: len(prompt)] = prompt
         stop_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_tokens)
         return cls(
@@ -106,6 +116,22 @@ class Request:
         self.state = state
 
     @property
+    def blocks(self) -> list[int]:
+        """Ids of the KV blocks held, in token order."""
+        held: list[int] = self.block_table[: self.num_blocks].tolist()
+        return held
+
+    def add_blocks(self, blocks: list[int]) -> None:
+        """Append block ids to the block table."""
+        total = self.num_blocks + len(blocks)
+        if total > len(self.block_table):
+            grown = np.empty(max(total, 2 * len(self.block_table), 8), dtype=np.int32)
+            grown[: self.num_blocks] = self.block_table[: self.num_blocks]
+            self.block_table = grown
+        self.block_table[self.num_blocks : total] = blocks
+        self.num_blocks = total
+
+    @property
     def num_outputs(self) -> int:
         return self.num_tokens - self.prompt_length
 
@@ -116,6 +142,8 @@ class Request:
 
     def append(self, token: int) -> FinishReason | None:
         """Add one output token; the reason when it is the last."""
+        if self.num_tokens == len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
         if token in self.stop_tokens and self.num_outputs > self.params.min_tokens:

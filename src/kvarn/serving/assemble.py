@@ -1,0 +1,111 @@
+"""From settings to a running engine: finds and loads the model, sizes the KV pool, wires the parts together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvarn.errors import CapacityError, KvarnError
+from kvarn.models.loader import load_decoder
+from kvarn.models.sources import resolve
+from kvarn.models.spec import ModelSpec
+from kvarn.serving.clock import Clock, MonotonicClock
+from kvarn.serving.config import EngineConfig
+from kvarn.serving.engine import Engine
+from kvarn.serving.executors.torch_executor import TorchExecutor, allocate_kv
+from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Policy
+from kvarn.serving.sampling.grammar import GrammarFactory
+from kvarn.serving.sampling.sampler import Sampler
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it is done, 0 to 1."""
+
+_POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": FirstComeFirstServed}
+_SHARE_OF_FREE_MEMORY = 0.25
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine and what callers need to know of its model."""
+
+    engine: Engine
+    spec: ModelSpec
+    folder: Path
+
+
+def load_engine(
+    config: EngineConfig, *, clock: Clock | None = None, progress: Progress = lambda stage, fraction: None
+) -> LoadedEngine:
+    """Build the engine that `config` describes.
+
+    Raises KvarnError for impossible settings, ModelError for a model that cannot be found or read,
+    CapacityError when the machine is too small.
+    """
+    config.validate()
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    device = _device(config.device)
+    progress("finding the model", 0.0)
+    files = resolve(config.model, progress=progress)
+    progress("loading the model", 0.0)
+    decoder = load_decoder(files, dtype=config.dtype, device=str(device), progress=progress)
+    spec = decoder.spec
+    max_context = min(config.max_context or spec.max_context, spec.max_context)
+    progress("allocating the KV pool", 0.0)
+    kv = allocate_kv(spec, _count_blocks(config, spec, max_context, device), config.block_size, device)
+    grammars = GrammarFactory(files.folder / "tokenizer.json", min(spec.eos_tokens, default=0), spec.vocab_size)
+    executor = TorchExecutor(
+        decoder,
+        kv,
+        Sampler(spec.vocab_size, grammars),
+        max_rows=config.token_budget,
+        max_requests=config.max_running,
+        max_context=max_context,
+    )
+    engine = Engine(
+        executor,
+        _POLICIES[config.policy](),
+        KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes),
+        clock or MonotonicClock(),
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        max_context=max_context,
+        vocab_size=spec.vocab_size,
+    )
+    progress("ready", 1.0)
+    return LoadedEngine(engine, spec, files.folder)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise KvarnError(f"device {name!r} cannot be used here: choose cpu, or cuda where there is one") from error
+    return device
+
+
+def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, device: torch.device) -> int:
+    """Blocks of the KV pool: what was asked for, or a share of what is free."""
+    block_bytes = config.block_size * spec.kv_bytes_per_token
+    enough = config.max_running * -(-max_context // config.block_size)
+    wanted = config.kv_memory_bytes or int(_free_memory(device) * _SHARE_OF_FREE_MEMORY)
+    blocks = min(wanted // block_bytes, enough)
+    if blocks < 1:
+        raise CapacityError(
+            f"{wanted / 2**20:.1f} MiB for the KV pool is less than one block ({block_bytes / 2**20:.1f} MiB for "
+            f"{config.block_size} tokens): raise --kv-memory, free memory, or take a smaller --block-size"
+        )
+    return blocks
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,44 @@
+"""How an engine is set up: one frozen value, made from command-line flags and sent to the engine process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvarn.errors import KvarnError
+
+DTYPES = ("auto", "float32", "bfloat16")
+POLICIES = ("fcfs",)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one engine. Zero means "choose for me" where it is not a meaningful value."""
+
+    model: str = "smollm2"
+    dtype: str = "auto"
+    device: str = "cpu"
+    policy: str = "fcfs"
+    max_context: int = 0
+    """Tokens of prompt + output a request may have; 0: what the model was made for."""
+    max_running: int = 128
+    """Requests in one batch."""
+    token_budget: int = 512
+    """Tokens that one step may compute; longer prompts are prefilled in chunks."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    kv_memory_bytes: int = 0
+    """Memory of the KV pool; 0: a quarter of what is free, at most what `max_running` full contexts need."""
+    share_prefixes: bool = True
+    threads: int = 0
+    """Compute threads; 0: one for each processor this process may use."""
+
+    def validate(self) -> None:
+        """Raise KvarnError naming the first setting that cannot work."""
+        for field, choices in (("dtype", DTYPES), ("policy", POLICIES)):
+            if getattr(self, field) not in choices:
+                raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
+        for field, low in (
+            ("max_context", 0), ("max_running", 1), ("token_budget", 1), ("block_size", 1),
+            ("kv_memory_bytes", 0), ("threads", 0),
+        ):  # fmt: skip
+            if getattr(self, field) < low:
+                raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} or more")

@@ -1,0 +1,271 @@
+"""The engine: owns every request and every KV block, and turns them into tokens one step at a time.
+
+`step` is the whole loop on one page: give up what is out of time, let the policy decide, move blocks
+accordingly, compute, hand out tokens. The policy sees a read-only snapshot, the executor sees a batch; neither
+calls back. The engine knows no sockets and no wall clock, so the same object serves and is simulated.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from time import perf_counter
+
+from kvarn.errors import RequestError
+from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest, TokenLogprobs
+from kvarn.serving.clock import Clock
+from kvarn.serving.executors.protocol import Executor
+from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.policies.protocol import Policy, Snapshot
+from kvarn.serving.request import FinishReason, Request, RequestState
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Emission:
+    """News of one request after one step: at most one token, and why it ended if it did."""
+
+    request: Request
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    """Part of step_seconds spent in the executor."""
+
+
+class Engine:
+    """Continuous batching over one executor. Not thread-safe: one owner calls everything."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy,
+        cache: KVCache,
+        clock: Clock,
+        *,
+        token_budget: int,
+        max_running: int,
+        max_context: int,
+        vocab_size: int,
+    ) -> None:
+        self.executor = executor
+        self.policy = policy
+        self.cache = cache
+        self.clock = clock
+        self.token_budget = token_budget
+        self.max_running = max_running
+        # A request that the pool could never hold would wait for ever.
+        self.max_context = min(max_context, cache.pool.num_blocks * cache.block_size)
+        self.vocab_size = vocab_size
+        self.counters = Counters()
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._ended: list[Emission] = []
+        self._check = os.environ.get("KVARN_CHECK") == "1"
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._ended)
+
+    def add(self, request: Request) -> None:
+        """Take over a request. RequestError, and nothing kept, when it can never be served."""
+        request.params.validate(self.vocab_size)
+        self._require_fit(request)
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is already running", field="id", status=409)
+        self.executor.add(request)
+        self._requests[request.id] = request
+        insort(self.waiting, request, key=_rank)
+        if request.deadline != float("inf"):
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+
+    def cancel(self, id: str) -> None:
+        """End a request now; unknown or finished ids are ignored (its last token may have crossed the cancel)."""
+        request = self._requests.get(id)
+        if request is not None:
+            self._finish(request, FinishReason.CANCELLED)
+
+    def step(self) -> list[Emission]:
+        """One step: at most one token for each running request."""
+        started = perf_counter()
+        now = self.clock.now()
+        self._expire(now)
+        batch = self._schedule(now)
+        sampled = self._compute(batch)
+        self._advance(batch, sampled, self.clock.now())
+        emissions, self._ended = self._ended, []
+        self.counters.steps += 1
+        self.counters.step_seconds += perf_counter() - started
+        if self._check:
+            self.check()
+        return emissions
+
+    def check(self) -> None:
+        """Raise AssertionError unless queues, states and KV blocks agree."""
+        self.cache.check(self.running)
+        assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
+        assert all(r.state is RequestState.RUNNING for r in self.running)
+        assert len(self.waiting) + len(self.running) == len(self._requests)
+
+    # ---- the parts of a step -----------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, id = heapq.heappop(self._deadlines)
+            if id in self._requests:
+                self._finish(self._requests[id], FinishReason.DEADLINE)
+
+    def _schedule(self, now: float) -> Batch:
+        """Ask the policy, then move requests and blocks as it decided."""
+        if not self._requests:
+            return Batch()
+        decision = self.policy.decide(self._snapshot(), now)
+        for id in decision.preempt:
+            self._preempt(self._requests[id])
+        batch = Batch()
+        for grant in decision.grants:
+            request = self._requests[grant.id]
+            if request.state is RequestState.WAITING:
+                self._admit(request)
+            tokens = min(grant.tokens, request.num_uncomputed)
+            if self.cache.grow(request, request.num_computed + tokens):
+                batch.rows.append(ScheduledRequest(request, tokens))
+            elif request.num_computed == 0:
+                self._preempt(request)  # admitted on a promise that did not hold
+        return batch
+
+    def _compute(self, batch: Batch) -> list[SampledToken]:
+        """Run the batch. A forward pass that raises fails the requests in it, not the engine."""
+        if not batch.rows:
+            return []
+        started = perf_counter()
+        try:
+            return self.executor.execute(batch)
+        except Exception as error:
+            _log.exception("the forward pass failed; its %d requests are ended", len(batch.rows))
+            for row in batch.rows:
+                self._finish(row.request, FinishReason.ERROR, error=f"the forward pass failed: {error}")
+            batch.rows.clear()
+            return []
+        finally:
+            self.counters.forward_seconds += perf_counter() - started
+
+    def _advance(self, batch: Batch, sampled: list[SampledToken], now: float) -> None:
+        """Account for what was computed and hand out the sampled tokens."""
+        results = iter(sampled)
+        for row in batch.rows:
+            request, samples = row.request, row.samples
+            prompt_left = max(0, request.prompt_length - request.num_computed)
+            self.counters.prompt_tokens += min(row.count, prompt_left)
+            request.num_computed += row.count
+            self.cache.commit(request)
+            if samples:
+                self._emit(request, next(results), now)
+
+    def _emit(self, request: Request, sampled: SampledToken, now: float) -> None:
+        if sampled.error is not None:
+            self._finish(request, FinishReason.ERROR, error=sampled.error)
+            return
+        reason = request.append(sampled.token)
+        if reason is None and sampled.grammar_done:
+            reason = FinishReason.STOP
+        if request.first_token_time is None:
+            request.first_token_time = now
+        self.counters.output_tokens += 1
+        emission = Emission(request, sampled.token, sampled.logprobs)
+        if reason is None:
+            self._ended.append(emission)
+        else:
+            self._finish(request, reason, emission=emission)
+
+    # ---- moves of one request ----------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        del self.waiting[self._waiting_index(request)]
+        request.move_to(RequestState.RUNNING)
+        self.running.append(request)
+        self.cache.admit(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks; its tokens stay and are recomputed when it is granted time again."""
+        self.running.remove(request)
+        self.cache.release(request)
+        request.move_to(RequestState.WAITING)
+        request.preemptions += 1
+        self.counters.preemptions += 1
+        insort(self.waiting, request, key=_rank)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, *, error: str | None = None, emission: Emission | None = None
+    ) -> None:
+        """The one way out: blocks back, state forgotten, the client told."""
+        if request.state is RequestState.RUNNING:
+            self.running.remove(request)
+            self.cache.release(request)
+        else:
+            del self.waiting[self._waiting_index(request)]
+        request.move_to(RequestState.FINISHED)
+        request.finish_reason = reason
+        del self._requests[request.id]
+        self.executor.remove(request)
+        emission = emission or Emission(request)
+        emission.finish_reason, emission.error = reason, error
+        self._ended.append(emission)
+
+    # ---- small parts -------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            waiting=self.waiting,
+            running=self.running,
+            available_blocks=self.cache.pool.num_available,
+            block_size=self.cache.block_size,
+            token_budget=self.token_budget,
+            max_running=self.max_running,
+            prefix_hit=self.cache.lookup,
+            reclaimable_blocks=self.cache.reclaimable,
+        )
+
+    def _waiting_index(self, request: Request) -> int:
+        index = bisect_left(self.waiting, _rank(request), key=_rank)
+        while self.waiting[index] is not request:  # equal ranks stand side by side
+            index += 1
+        return index
+
+    def _require_fit(self, request: Request) -> None:
+        length, room = request.prompt_length, self.max_context
+        if length < 1:
+            raise RequestError("the prompt has no tokens; send at least one", field="prompt")
+        if length + request.params.max_tokens > room:
+            raise RequestError(
+                f"the prompt has {length} tokens and max_tokens is {request.params.max_tokens}, together "
+                f"{length + request.params.max_tokens}; this server's context is {room} tokens: shorten the prompt "
+                "or lower max_tokens",
+                field="max_tokens" if length < room else "prompt",
+                code="context_length_exceeded",
+            )
+        tokens = request.tokens[:length]
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise RequestError(f"the prompt has a token id outside 0 to {self.vocab_size - 1}", field="prompt")
+
+
+def _rank(request: Request) -> tuple[int, float]:
+    return (request.priority, request.arrival)

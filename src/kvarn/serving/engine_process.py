@@ -1,0 +1,224 @@
+"""The engine's own process: two sockets around the step loop.
+
+Started by the API process as `python -m kvarn.serving.engine_process`. Pulls messages from the API, steps
+while there is work, pushes what came of it; sleeps in the socket when there is none. Ends on Shutdown, on
+SIGTERM, or when its standard input closes, which is how it notices that its parent is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import numpy as np
+import zmq
+
+from kvarn.errors import KvarnError, RequestError
+from kvarn.serving.api.messages import (
+    Cancel,
+    EngineStats,
+    FromEngine,
+    Loading,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    TokenOutput,
+)
+from kvarn.serving.config import EngineConfig
+from kvarn.serving.engine import Emission, Engine
+from kvarn.serving.request import FinishReason, Request
+
+_STATS_INTERVAL = 0.25
+"""Seconds between two EngineStats at least."""
+
+
+class EngineProcess:
+    """Message loop around one engine."""
+
+    def __init__(self, engine: Engine, eos_tokens: frozenset[int], inbox: zmq.Socket[bytes], outbox: Outbox) -> None:
+        self.engine = engine
+        self.eos_tokens = eos_tokens
+        self.inbox = inbox
+        self.outbox = outbox
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._stats_due = 0.0
+        self._running = True
+
+    def run(self) -> None:
+        """Serve until Shutdown."""
+        while self._running:
+            self._receive(wait=not self.engine.has_work)
+            if not self._running:
+                break
+            outputs = [_to_output(emission) for emission in self.engine.step()]
+            self._send(outputs)
+
+    def stop(self) -> None:
+        self._running = False
+
+    def _receive(self, *, wait: bool) -> None:
+        """Handle every message that is there; with `wait`, wait for one (and report when the engine falls idle)."""
+        if wait and not self.inbox.poll(0):
+            self._send([], force_stats=True)
+            while self._running and not self.inbox.poll(1000):
+                pass
+        while self._running:
+            try:
+                message = self._decoder.decode(self.inbox.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._handle(message)
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                try:
+                    self.engine.add(self._request(message))
+                except RequestError as error:
+                    refusal = TokenOutput(message.id, [], FinishReason.ERROR.value)
+                    refusal.error, refusal.error_field = str(error), error.field or ""
+                    self.outbox.send(StepOutputs([refusal]))
+            case Cancel():
+                self.engine.cancel(message.id)
+            case Shutdown():
+                self.stop()
+
+    def _request(self, message: Submit) -> Request:
+        now = self.engine.clock.now()
+        try:
+            prompt = np.array(message.prompt, dtype=np.int32)
+        except OverflowError as error:
+            raise RequestError("the prompt has a token id that is no 32-bit integer", field="prompt") from error
+        return Request.create(
+            message.id,
+            prompt,
+            message.params,
+            arrival=now,
+            eos_tokens=self.eos_tokens,
+            tenant=message.tenant,
+            priority=message.priority,
+            deadline=now + message.timeout,
+        )
+
+    def _send(self, outputs: list[TokenOutput], *, force_stats: bool = False) -> None:
+        now = time.monotonic()
+        stats = None
+        if force_stats or now >= self._stats_due:
+            stats, self._stats_due = self._stats(), now + _STATS_INTERVAL
+        if outputs or stats:
+            self.outbox.send(StepOutputs(outputs, stats))
+
+    def _stats(self) -> EngineStats:
+        engine, pool, totals = self.engine, self.engine.cache.pool, self.engine.counters
+        return EngineStats(
+            waiting=len(engine.waiting),
+            running=len(engine.running),
+            blocks_free=pool.num_free,
+            blocks_active=pool.num_active,
+            blocks_cached=pool.num_cached,
+            preemptions=totals.preemptions,
+            prefix_queries=engine.cache.queried_tokens,
+            prefix_hits=engine.cache.hit_tokens,
+            prompt_tokens=totals.prompt_tokens,
+            output_tokens=totals.output_tokens,
+            steps=totals.steps,
+            step_seconds=totals.step_seconds,
+            forward_seconds=totals.forward_seconds,
+        )
+
+
+class Outbox:
+    """Encodes and pushes messages to the API process."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+
+def _to_output(emission: Emission) -> TokenOutput:
+    request = emission.request
+    return TokenOutput(
+        id=request.id,
+        tokens=[] if emission.token is None else [emission.token],
+        finish_reason=None if emission.finish_reason is None else emission.finish_reason.value,
+        logprobs=None if emission.logprobs is None else [emission.logprobs],
+        cached_tokens=request.cached_tokens,
+        error=emission.error,
+    )
+
+
+def _end_with_parent() -> None:
+    """Exit at once when standard input closes: the parent is gone and nobody waits for our tokens."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _ready(engine: Engine, dtype: str, device: str, seconds: float) -> Ready:
+    return Ready(
+        max_context=engine.max_context,
+        vocab_size=engine.vocab_size,
+        num_blocks=engine.cache.pool.num_blocks,
+        block_size=engine.cache.block_size,
+        device=device,
+        dtype=dtype,
+        load_seconds=seconds,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The engine process of kvarn serve; started by it, not by hand.")
+    parser.add_argument("--to-engine", required=True, help="ZeroMQ endpoint to pull messages from")
+    parser.add_argument("--from-engine", required=True, help="ZeroMQ endpoint to push messages to")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the API process, which drains first
+
+    context = zmq.Context()
+    inbox, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(arguments.to_engine)
+    push.connect(arguments.from_engine)
+    outbox = Outbox(push)
+    started = time.monotonic()
+    try:
+        config = msgspec.json.decode(arguments.config, type=EngineConfig)
+        outbox.send(Loading("starting", 0.0))
+        from kvarn.serving.assemble import load_engine  # imports torch: seconds, in which the parent sees "starting"
+
+        loaded = load_engine(config, progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)))
+    except KvarnError as error:
+        outbox.send(StartFailed(str(error)))
+        context.destroy(linger=1000)
+        return 2
+    engine = loaded.engine
+    outbox.send(_ready(engine, str(loaded.spec.dtype).removeprefix("torch."), config.device, time.monotonic() - started))
+    gc.collect()
+    gc.freeze()
+    process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)
+    signal.signal(signal.SIGTERM, lambda *_: process.stop())
+    process.run()
+    context.destroy(linger=1000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The KV cache as the engine uses it: gives requests blocks, finds shared prefixes, takes blocks back.
+
+Joins the pool (who holds a block) with the prefix index (what a block holds). Every method leaves both
+consistent; `check` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvarn.serving.kvcache.pool import BlockPool
+from kvarn.serving.kvcache.prefix import ROOT, PrefixEntry, PrefixIndex, chain_hashes
+from kvarn.serving.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """What the cache already holds of a waiting request."""
+
+    tokens: int
+    idle_blocks: int
+    """Blocks of it that nobody references now: taking them lowers the number of available blocks."""
+
+
+class KVCache:
+    """Blocks of `block_size` tokens for all requests of one engine."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, share_prefixes: bool = True) -> None:
+        self.block_size = block_size
+        self.share_prefixes = share_prefixes
+        self.index = PrefixIndex()
+        self.pool = BlockPool(num_blocks, on_evict=self.index.remove)
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def lookup(self, request: Request) -> PrefixHit:
+        """How much of a waiting request is cached, without taking it."""
+        entries = self._match(request)
+        idle = sum(self.pool.references(entry.block) == 0 for entry in entries)
+        return PrefixHit(len(entries) * self.block_size, idle)
+
+    def admit(self, request: Request) -> None:
+        """Give a request that holds nothing the blocks of its cached prefix."""
+        entries = self._match(request)
+        blocks = [entry.block for entry in entries]
+        self.pool.acquire(blocks)
+        request.add_blocks(blocks)
+        request.num_computed = len(blocks) * self.block_size
+        request.indexed_blocks = len(blocks)
+        request.prefix_entry = entries[-1].id if entries else ROOT
+        if request.preemptions == 0:
+            request.cached_tokens = request.num_computed
+            self.queried_tokens += request.prompt_length
+            self.hit_tokens += request.cached_tokens
+
+    def grow(self, request: Request, tokens: int) -> bool:
+        """Make room for the first `tokens` tokens of a request; False, and nothing changed, if there is none."""
+        missing = self.blocks_for(tokens) - request.num_blocks
+        if missing <= 0:
+            return True
+        blocks = self.pool.allocate(missing)
+        if blocks is None:
+            return False
+        request.add_blocks(blocks)
+        return True
+
+    def commit(self, request: Request) -> None:
+        """Index the blocks that the last forward pass filled."""
+        full = request.num_computed // self.block_size
+        if not self.share_prefixes or full <= request.indexed_blocks or request.prefix_entry < ROOT:
+            return
+        self._extend_hashes(request, full)
+        for i in range(request.indexed_blocks, full):
+            tokens = request.tokens[i * self.block_size : (i + 1) * self.block_size].tobytes()
+            entry = self.index.insert(
+                request.block_hashes[i], request.prefix_entry, tokens, int(request.block_table[i]), request.tenant
+            )
+            if entry is None:
+                request.prefix_entry = _UNSHARED
+                return
+            request.prefix_entry = entry.id
+            request.indexed_blocks = i + 1
+
+    def reclaimable(self, request: Request) -> int:
+        """Blocks that become available if this request is preempted."""
+        return sum(self.pool.references(block) == 1 for block in request.blocks)
+
+    def release(self, request: Request) -> None:
+        """Take back every block of a request; indexed ones stay cached."""
+        self.pool.release(request.blocks, keep=self.index.__contains__)
+        request.num_blocks = request.num_computed = request.indexed_blocks = 0
+        request.prefix_entry = ROOT
+
+    def check(self, holders: Iterable[Request]) -> None:
+        """Raise AssertionError unless pool, index and the block tables of all holders agree."""
+        self.pool.check()
+        references = [0] * self.pool.num_blocks
+        for request in holders:
+            assert self.blocks_for(request.num_computed) <= request.num_blocks, f"{request.id}: KV without a block"
+            for block in request.blocks:
+                references[block] += 1
+        held = [self.pool.references(block) for block in range(self.pool.num_blocks)]
+        assert references == held, "block tables and reference counts disagree"
+        cached = sum(1 for block in range(self.pool.num_blocks) if held[block] == 0 and block in self.index)
+        assert cached == self.pool.num_cached, "cached blocks and the index disagree"
+
+    def _match(self, request: Request) -> list[PrefixEntry]:
+        if not self.share_prefixes:
+            return []
+        # The last token is always computed: its logits are what the request waits for.
+        usable = (request.num_tokens - 1) // self.block_size
+        self._extend_hashes(request, usable)
+        return self.index.match(request.block_hashes[:usable], request.tokens, request.tenant)
+
+    def _extend_hashes(self, request: Request, full_blocks: int) -> None:
+        if len(request.block_hashes) < full_blocks:
+            tokens = request.tokens[: full_blocks * self.block_size]
+            request.block_hashes = chain_hashes(tokens, self.block_size, request.tenant, request.block_hashes)
+
+
+_UNSHARED = ROOT - 1
+"""prefix_entry of a request whose chain met a hash collision: its later blocks are not indexed."""

@@ -1,0 +1,99 @@
+"""First come, first served, with continuous batching and chunked prefill: the baseline every policy must beat.
+
+Every step first continues what runs: decode rows before prefill chunks, so a long prompt never stalls the
+readers of others. What is left of the token budget admits waiting requests in order of priority, then
+arrival, while the blocks for the whole of their known tokens are there. When a running request finds no
+block, the one that came last gives up its blocks and is recomputed later.
+"""
+
+from __future__ import annotations
+
+from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
+
+
+class FirstComeFirstServed:
+    """`headroom_blocks` blocks per running request are left free at admission for tokens yet to come."""
+
+    def __init__(self, headroom_blocks: int = 1) -> None:
+        self.headroom_blocks = headroom_blocks
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        step = _Step(snapshot)
+        for request in step.decode_rows():
+            step.continue_running(request)
+        for request in step.prefill_rows():
+            step.continue_running(request)
+        if not step.preempted:
+            for request in snapshot.waiting:
+                if not step.admit(request, self.headroom_blocks):
+                    break
+        return Decision(tuple(step.preempted), tuple(step.grants))
+
+
+class _Step:
+    """The books of one decision: budget and blocks left, who is granted, who is preempted."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.budget = snapshot.token_budget
+        self.available = snapshot.available_blocks
+        self.promised = 0
+        """Blocks that admitted prompts still need for chunks to come."""
+        self.grants: list[Grant] = []
+        self.preempted: dict[str, None] = {}
+        self.served: set[str] = set()
+        self.running = sorted(snapshot.running, key=lambda r: (r.priority, r.arrival))
+        self.num_running = len(self.running)
+
+    def decode_rows(self) -> list[RequestView]:
+        return [request for request in self.running if request.num_uncomputed == 1]
+
+    def prefill_rows(self) -> list[RequestView]:
+        return [request for request in self.running if request.num_uncomputed > 1]
+
+    def continue_running(self, request: RequestView) -> None:
+        """Grant the next tokens of a running request, preempting later ones if blocks are short."""
+        tokens = min(request.num_uncomputed, self.budget)
+        if tokens == 0 or request.id in self.preempted:
+            return
+        needed = max(0, self.snapshot.blocks_for(request.num_computed + tokens) - request.num_blocks)
+        while needed > self.available:
+            victim = self._last_unserved()
+            self.preempted[victim.id] = None
+            self.num_running -= 1
+            self.available += self.snapshot.reclaimable_blocks(victim)
+            if victim is request:
+                return
+        self._grant(request.id, tokens, needed)
+        self.promised += self.snapshot.blocks_for(request.num_tokens) - self.snapshot.blocks_for(
+            request.num_computed + tokens
+        )
+
+    def admit(self, request: RequestView, headroom_blocks: int) -> bool:
+        """Grant the first tokens of a waiting request; False when it, and so all behind it, must wait."""
+        if self.num_running >= self.snapshot.max_running or self.budget == 0:
+            return False
+        hit = self.snapshot.prefix_hit(request)
+        whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
+        spare = self.available - self.promised - hit.idle_blocks
+        # With nothing running there is nobody to leave headroom for: the head of the queue always gets in.
+        if whole + headroom_blocks * self.num_running > spare:
+            return False
+        tokens = min(request.num_tokens - hit.tokens, self.budget)
+        first = self.snapshot.blocks_for(hit.tokens + tokens) - hit.tokens // self.snapshot.block_size
+        self.promised += whole - first
+        self._grant(request.id, tokens, first + hit.idle_blocks)
+        self.num_running += 1
+        return True
+
+    def _grant(self, id: str, tokens: int, blocks: int) -> None:
+        self.grants.append(Grant(id, tokens))
+        self.served.add(id)
+        self.budget -= tokens
+        self.available -= blocks
+
+    def _last_unserved(self) -> RequestView:
+        for request in reversed(self.running):
+            if request.id not in self.served and request.id not in self.preempted:
+                return request
+        raise AssertionError("the request that needs blocks is itself unserved")
