@@ -1,0 +1,103 @@
+"""An executor without a model: it keeps token ids where a model would keep KV, and reads them back through blocks.
+
+The next token is a hash of the whole context as read from the block table, so one misplaced, shared or
+overwritten block changes the text; `continuation` says what the text must be.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from kvarn.serving.batch import Batch, SampledToken
+from kvarn.serving.clock import VirtualClock
+from kvarn.serving.engine import Engine
+from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.request import Request
+from kvarn.serving.sampling.params import SamplingParams
+
+VOCAB = 1000
+EOS = 999
+
+
+def next_token(context: list[int]) -> int:
+    return zlib.crc32(np.array(context, dtype=np.int32).tobytes()) % (VOCAB - 1)
+
+
+def continuation(prompt: list[int], count: int) -> list[int]:
+    """What any correct engine generates from `prompt`."""
+    context = list(prompt)
+    for _ in range(count):
+        context.append(next_token(context))
+    return context[len(prompt) :]
+
+
+class PagedTextExecutor:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.memory = np.full((num_blocks, block_size), -1, dtype=np.int32)
+        self.block_size = block_size
+        self.alive: set[str] = set()
+        self.computed_tokens = 0
+        self.fail_next = False
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.memory)
+
+    def add(self, request: Request) -> None:
+        self.alive.add(request.id)
+
+    def remove(self, request: Request) -> None:
+        self.alive.remove(request.id)
+
+    def execute(self, batch: Batch) -> list[SampledToken]:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("boom")
+        for row in batch.rows:
+            for position in range(row.request.num_computed, row.request.num_computed + row.count):
+                block = row.request.block_table[position // self.block_size]
+                self.memory[block, position % self.block_size] = row.request.tokens[position]
+            self.computed_tokens += row.count
+        return [SampledToken(next_token(self._read(row.request))) for row in batch.rows if row.samples]
+
+    def _read(self, request: Request) -> list[int]:
+        text: list[int] = self.memory[request.blocks].reshape(-1)[: request.num_tokens].tolist()
+        return text
+
+
+def make_engine(
+    *, num_blocks: int = 64, block_size: int = 4, token_budget: int = 16, max_running: int = 8, share: bool = True
+) -> Engine:
+    engine = Engine(
+        PagedTextExecutor(num_blocks, block_size),
+        FirstComeFirstServed(),
+        KVCache(num_blocks, block_size, share_prefixes=share),
+        VirtualClock(),
+        token_budget=token_budget,
+        max_running=max_running,
+        max_context=10_000,
+        vocab_size=VOCAB,
+    )
+    engine._check = True
+    return engine
+
+
+def make_request(id: str, prompt: list[int], max_tokens: int, **settings: object) -> Request:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return Request.create(id, prompt, params, **{"arrival": 0.0, **settings})  # type: ignore[arg-type]
+
+
+def run(engine: Engine, max_steps: int = 10_000) -> dict[str, list[int]]:
+    """Step until there is no work; the tokens of each request."""
+    texts: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return texts
+        engine.clock.advance(1.0)  # type: ignore[attr-defined]
+        for emission in engine.step():
+            if emission.token is not None:
+                texts.setdefault(emission.request.id, []).append(emission.token)
+    raise AssertionError(f"not done after {max_steps} steps: {len(engine.waiting)} waiting, {len(engine.running)} running")
