@@ -1,0 +1,164 @@
+"""A fused decoder for the Llama family (Llama, SmolLM, Mistral, Qwen2, Qwen3), built straight from the weights.
+
+In: config.json and safetensors. Out: a `Decoder`. No transformers model is instantiated: q, k and v are one matrix
+product, so are gate and up, and norms, rotation, cache writes and attention are kvarn's kernels. What the weights are
+multiplied with follows transformers' models exactly; a test holds the two together in fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from kvarn.errors import ModelError
+from kvarn.kernels import ops
+from kvarn.models.linear import PackedLinear
+from kvarn.models.rope import SCALINGS, cos_sin_table, rope_parameters
+from kvarn.models.spec import ForwardBatch, KVMemory, ModelSpec
+from kvarn.models.weights import Weights
+
+ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+
+
+def supports(config: dict[str, Any]) -> bool:
+    """Whether this decoder computes what `config` (a config.json) describes."""
+    return (
+        (config.get("architectures") or [None])[0] in ARCHITECTURES
+        and config.get("hidden_act", "silu") == "silu"
+        and rope_parameters(config)["rope_type"] in SCALINGS
+        and head_dim(config) % 8 == 0
+        and "quantization_config" not in config
+    )
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+@dataclass(slots=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: PackedLinear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: PackedLinear
+    mlp_norm: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    window: int
+    """Positions that attention looks back, 0 for all."""
+
+
+class LlamaDecoder:
+    """See `kvarn.models.spec.Decoder`.
+
+    spec     the model's shape; `spec.dtype` is what it computes in
+    config   its config.json
+    weights  its tensors, converted to `spec.dtype` and laid out for `device` one by one
+    """
+
+    def __init__(self, spec: ModelSpec, config: dict[str, Any], weights: Weights, device: torch.device) -> None:
+        self.spec = spec
+        self._eps = float(config["rms_norm_eps"])
+        self._scale = spec.head_dim**-0.5
+        self._read = _Reader(weights, spec.dtype, device)
+        self._embedding = self._read("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        self._layers = [self._layer(index, config) for index in range(spec.num_layers)]
+        self._norm = self._read("model.norm.weight", (spec.hidden_size,))
+        tied = config.get("tie_word_embeddings", False)
+        head = self._embedding if tied else self._read("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        self._head = PackedLinear(head)
+        self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(device)
+        del self._read  # lets the mapped files go
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
+        residual = self._embedding[batch.tokens]
+        hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            hidden = self._attention(layer, hidden, batch, kv, index)
+            if index == last:  # only rows that want logits go on
+                hidden, residual = hidden[batch.logit_rows], residual[batch.logit_rows]
+                if not len(hidden):
+                    return hidden.new_empty(0, self.spec.vocab_size)
+            hidden = ops.add_rms_norm(layer.output(hidden), residual, layer.mlp_norm, self._eps)
+            hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
+            next_norm = self._norm if index == last else self._layers[index + 1].input_norm
+            hidden = ops.add_rms_norm(hidden, residual, next_norm, self._eps)
+        return self._head(hidden)
+
+    def _attention(
+        self, layer: _Layer, hidden: torch.Tensor, batch: ForwardBatch, kv: KVMemory, index: int
+    ) -> torch.Tensor:
+        """Attention before its output projection: [T, hidden] -> [T, heads * head_dim]."""
+        spec = self.spec
+        heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, width)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = ops.rms_norm(query, layer.query_norm, self._eps)
+            key = ops.rms_norm(key, layer.key_norm, self._eps)
+        pages = kv.layer(index)
+        ops.rope_and_cache(query, key, value, self._cos_sin, batch.positions, pages, batch.slots)
+        attended = ops.paged_attention(
+            query, pages, kv.slot_positions, batch.block_tables, batch.kv_slots, batch.query_starts, batch.positions,
+            self._scale, layer.window,
+        )  # fmt: skip
+        return attended.view(-1, heads * width)
+
+    def _layer(self, index: int, config: dict[str, Any]) -> _Layer:
+        spec, read, prefix = self.spec, self._read, f"model.layers.{index}"
+        hidden, width = spec.hidden_size, spec.head_dim
+        rows = {"q": spec.num_heads * width, "k": spec.num_kv_heads * width, "v": spec.num_kv_heads * width}
+        middle = int(config["intermediate_size"])
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        normed = config["architectures"][0] == "Qwen3ForCausalLM"
+        return _Layer(
+            input_norm=read(f"{prefix}.input_layernorm.weight", (hidden,)),
+            qkv=read.linear([(f"{attention}.{part}_proj", out) for part, out in rows.items()], hidden),
+            query_norm=read(f"{attention}.q_norm.weight", (width,)) if normed else None,
+            key_norm=read(f"{attention}.k_norm.weight", (width,)) if normed else None,
+            output=read.linear([(f"{attention}.o_proj", hidden)], rows["q"]),
+            mlp_norm=read(f"{prefix}.post_attention_layernorm.weight", (hidden,)),
+            gate_up=read.linear([(f"{mlp}.gate_proj", middle), (f"{mlp}.up_proj", middle)], hidden),
+            down=read.linear([(f"{mlp}.down_proj", hidden)], middle),
+            window=_window(index, config),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads tensors in the decoder's dtype onto its device."""
+
+    weights: Weights
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.weights.get(name, shape).to(self.device, self.dtype)
+
+    def linear(self, parts: list[tuple[str, int]], width: int) -> PackedLinear:
+        """One layer out of several with the same input, stacked in order: `parts` gives each one's name and rows."""
+        weight = torch.cat([self(f"{name}.weight", (rows, width)) for name, rows in parts])
+        with_bias = [f"{name}.bias" in self.weights for name, _ in parts]
+        if not any(with_bias):
+            return PackedLinear(weight)
+        if not all(with_bias):
+            raise ModelError(f"{self.weights.folder}: some of {[name for name, _ in parts]} have a bias, some do not")
+        return PackedLinear(weight, torch.cat([self(f"{name}.bias", (rows,)) for name, rows in parts]))
+
+
+def _window(index: int, config: dict[str, Any]) -> int:
+    """Sliding window of a layer. Qwen has a switch and lists or counts the layers; Mistral slides all of them."""
+    window = int(config.get("sliding_window") or 0)
+    if not window or config["architectures"][0] == "LlamaForCausalLM":
+        return 0
+    if config.get("layer_types"):
+        return window if config["layer_types"][index] == "sliding_attention" else 0
+    if config["architectures"][0] == "MistralForCausalLM":
+        return window
+    return window if config.get("use_sliding_window") and index >= int(config.get("max_window_layers", 28)) else 0

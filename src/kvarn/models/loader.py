@@ -1,0 +1,132 @@
+"""A folder of model files -> a `Decoder` ready to run: the fused one where it fits, transformers' own model otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from kvarn.errors import CapacityError, ModelError
+from kvarn.models import decoder_llama
+from kvarn.models.sources import ModelFiles
+from kvarn.models.spec import Decoder, ModelSpec
+from kvarn.models.weights import Weights
+
+Progress = Callable[[str, float], None]
+DType = Literal["float32", "bfloat16", "auto"]
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MEMORY_MARGIN: Final = 1.1
+"""Memory that loading takes, in multiples of the weights: one layer is held twice while it is laid out."""
+
+
+def load_decoder(
+    files: ModelFiles, *, dtype: DType = "auto", device: str = "cpu", progress: Progress | None = None
+) -> Decoder:
+    """Load the model in `dtype` onto `device` ("cpu", "cuda", "cuda:1").
+
+    "auto" is bfloat16 where the processor multiplies it natively, float32 elsewhere. Raises ModelError for files that
+    are missing, corrupt or of an architecture that cannot run, CapacityError when memory is too small.
+    """
+    if progress:
+        progress("loading the weights", 0.0)
+    target = _device(device)
+    config = read_config(files.folder)
+    torch_dtype = _dtype(dtype, target)
+    weights = Weights(files.folder)
+    _check_memory(weights, torch_dtype, target)
+    decoder: Decoder
+    if decoder_llama.supports(config):
+        decoder = decoder_llama.LlamaDecoder(llama_spec(files, config, torch_dtype), config, weights, target)
+    else:
+        from kvarn.models.decoder_transformers import TransformersDecoder
+
+        decoder = TransformersDecoder.load(files, torch_dtype, target)
+    if progress:
+        progress("loading the weights", 1.0)
+    return decoder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError when it is missing or not a JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def eos_tokens(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    """Ids that end a text: generation_config.json's when it names any, config.json's otherwise."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    ids = generation.get("eos_token_id")
+    ids = config.get("eos_token_id") if ids is None else ids
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> ModelSpec:
+    """ModelSpec out of a Llama-family config.json. Raises ModelError naming what it lacks."""
+    try:
+        heads = int(config["num_attention_heads"])
+        return ModelSpec(
+            name=files.name,
+            architecture=config["architectures"][0],
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=decoder_llama.head_dim(config),
+            vocab_size=int(config["vocab_size"]),
+            max_context=int(config["max_position_embeddings"]),
+            eos_tokens=eos_tokens(files.folder, config),
+            dtype=dtype,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{files.folder / 'config.json'} lacks or garbles {error}") from None
+
+
+def _dtype(name: DType, device: torch.device) -> torch.dtype:
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name != "auto":
+        raise ModelError(f"dtype is {name!r}; expected float32, bfloat16 or auto")
+    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {name!r} cannot be used here ({reason}); expected cpu, cuda or cuda:N") from None
+    return device
+
+
+def _check_memory(weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    needed = int(weights.num_elements * dtype.itemsize * _MEMORY_MARGIN)
+    free = _free_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"the model needs {needed >> 20} MiB of memory on {device}, {free >> 20} MiB are free; "
+            "free some, use --dtype bfloat16, or choose a smaller model"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if not info.exists():  # not Linux: let the system decide
+        return 1 << 62
+    fields = dict(line.split(":") for line in info.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) << 10
