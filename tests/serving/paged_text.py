@@ -100,4 +100,6 @@ def run(engine: Engine, max_steps: int = 10_000) -> dict[str, list[int]]:
         for emission in engine.step():
             if emission.token is not None:
                 texts.setdefault(emission.request.id, []).append(emission.token)
-    raise AssertionError(f"not done after {max_steps} steps: {len(engine.waiting)} waiting, {len(engine.running)} running")
+    raise AssertionError(
+        f"not done after {max_steps} steps: {len(engine.waiting)} waiting, {len(engine.running)} running"
+    )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import msgspec
 
 from kvarn.errors import KvarnError
 
-DTYPES = ("auto", "float32", "bfloat16")
-POLICIES = ("fcfs",)
+DType = Literal["auto", "float32", "bfloat16"]
+PolicyName = Literal["fcfs"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of one engine. Zero means "choose for me" where it is not a meaningful value."""
 
     model: str = "smollm2"
-    dtype: str = "auto"
+    dtype: DType = "auto"
     device: str = "cpu"
-    policy: str = "fcfs"
+    policy: PolicyName = "fcfs"
     max_context: int = 0
     """Tokens of prompt + output a request may have; 0: what the model was made for."""
     max_running: int = 128
@@ -33,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""
-        for field, choices in (("dtype", DTYPES), ("policy", POLICIES)):
+        for field, choices in (("dtype", get_args(DType)), ("policy", get_args(PolicyName))):
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
         for field, low in (

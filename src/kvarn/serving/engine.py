@@ -240,8 +240,8 @@ class Engine:
             block_size=self.cache.block_size,
             token_budget=self.token_budget,
             max_running=self.max_running,
-            prefix_hit=self.cache.lookup,
-            reclaimable_blocks=self.cache.reclaimable,
+            prefix_hit=lambda id: self.cache.lookup(self._requests[id]),
+            reclaimable_blocks=lambda id: self.cache.reclaimable(self._requests[id]),
         )
 
     def _waiting_index(self, request: Request) -> int:

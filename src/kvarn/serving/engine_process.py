@@ -210,7 +210,9 @@ def main() -> int:
         context.destroy(linger=1000)
         return 2
     engine = loaded.engine
-    outbox.send(_ready(engine, str(loaded.spec.dtype).removeprefix("torch."), config.device, time.monotonic() - started))
+    outbox.send(
+        _ready(engine, str(loaded.spec.dtype).removeprefix("torch."), config.device, time.monotonic() - started)
+    )
     gc.collect()
     gc.freeze()
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)

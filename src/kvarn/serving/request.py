@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from kvarn.errors import IllegalTransition
 from kvarn.serving.sampling.params import SamplingParams
 
-
 _OUTPUT_ROOM = 256
 """Output tokens to make room for at first; the buffer doubles when it is full."""
 

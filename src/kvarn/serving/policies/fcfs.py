@@ -61,7 +61,7 @@ class _Step:
             victim = self._last_unserved()
             self.preempted[victim.id] = None
             self.num_running -= 1
-            self.available += self.snapshot.reclaimable_blocks(victim)
+            self.available += self.snapshot.reclaimable_blocks(victim.id)
             if victim is request:
                 return
         self._grant(request.id, tokens, needed)
@@ -73,7 +73,7 @@ class _Step:
         """Grant the first tokens of a waiting request; False when it, and so all behind it, must wait."""
         if self.num_running >= self.snapshot.max_running or self.budget == 0:
             return False
-        hit = self.snapshot.prefix_hit(request)
+        hit = self.snapshot.prefix_hit(request.id)
         whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
         spare = self.available - self.promised - hit.idle_blocks
         # With nothing running there is nobody to leave headroom for: the head of the queue always gets in.

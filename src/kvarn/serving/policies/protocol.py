@@ -53,10 +53,10 @@ class Snapshot:
     token_budget: int
     """Tokens that one step may compute."""
     max_running: int
-    prefix_hit: Callable[[RequestView], PrefixHitView]
-    """What the prefix cache holds of a waiting request."""
-    reclaimable_blocks: Callable[[RequestView], int]
-    """Blocks that preempting a running request makes available."""
+    prefix_hit: Callable[[str], PrefixHitView]
+    """What the prefix cache holds of the waiting request of this id."""
+    reclaimable_blocks: Callable[[str], int]
+    """Blocks that preempting the running request of this id makes available."""
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

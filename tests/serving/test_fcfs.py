@@ -1,0 +1,108 @@
+"""First come, first served, on snapshots alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Decision, Snapshot
+
+SIZE = 4
+
+
+@dataclass(frozen=True)
+class View:
+    id: str
+    num_tokens: int
+    num_computed: int = 0
+    num_blocks: int = 0
+    arrival: float = 0.0
+    priority: int = 0
+    prompt_length: int = 1
+    num_outputs: int = 0
+    preemptions: int = 0
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+
+@dataclass(frozen=True)
+class Hit:
+    tokens: int = 0
+    idle_blocks: int = 0
+
+
+def decide(waiting: list[View], running: list[View], *, available: int, budget: int = 16, hit: Hit = Hit()) -> Decision:
+    snapshot = Snapshot(
+        waiting, running, available, SIZE, budget, max_running=8,
+        prefix_hit=lambda id: hit, reclaimable_blocks=lambda id: next(view.num_blocks for view in running if view.id == id),
+    )  # fmt: skip
+    return FirstComeFirstServed().decide(snapshot, 0.0)
+
+
+def decoding(id: str, tokens: int, arrival: float = 0.0) -> View:
+    return View(id, tokens, tokens - 1, -(-(tokens - 1) // SIZE), arrival)
+
+
+def grants(decision: Decision) -> dict[str, int]:
+    return {grant.id: grant.tokens for grant in decision.grants}
+
+
+def test_decode_rows_come_before_prefill_chunks_and_newcomers():
+    chunked = View("chunked", 100, 8, 2, arrival=0.0)
+    decision = decide([View("new", 3, arrival=9.0)], [chunked, decoding("reader", 6, 1.0)], available=100)
+    assert grants(decision) == {"reader": 1, "chunked": 15}
+
+
+def test_nobody_overtakes_the_head_of_the_queue():
+    decision = decide([View("big", 40), View("small", 4, arrival=1.0)], [], available=5)
+    assert grants(decision) == {}
+
+
+def test_newcomer_waits_while_admitted_prompts_still_need_their_blocks():
+    chunked = View("chunked", 40, 8, 2)
+    decision = decide([View("new", 8, arrival=1.0)], [chunked], available=9, budget=12)
+    assert grants(decision) == {"chunked": 12}
+    roomy = decide([View("new", 4, arrival=1.0)], [chunked], available=10, budget=36)
+    assert grants(roomy) == {"chunked": 32, "new": 4}
+
+
+def test_latest_arrival_is_preempted_for_an_earlier_one():
+    running = [decoding("late", 5, arrival=5.0), decoding("early", 5, arrival=1.0)]
+    decision = decide([], running, available=0)
+    assert decision.preempt == ("late",)
+    assert grants(decision) == {"early": 1}
+
+
+def test_prefix_hit_needs_fewer_blocks_and_tokens():
+    decision = decide([View("new", 12)], [], available=3, hit=Hit(8, idle_blocks=2))
+    assert grants(decision) == {"new": 4}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 59)), max_size=10),
+    st.lists(st.integers(1, 60), max_size=10),
+    st.integers(0, 40),
+    st.integers(1, 64),
+)
+def test_books_balance(running, waiting, available, budget):
+    """Law: grants fit the budget and, with what preemption returns, the blocks; nobody is granted and preempted."""
+    views = [
+        View(f"r{i}", tokens, min(computed, tokens - 1), -(-min(computed, tokens - 1) // SIZE), float(i))
+        for i, (tokens, computed) in enumerate(running)
+    ][:8]
+    queue = [View(f"w{i}", tokens, arrival=100.0 + i) for i, tokens in enumerate(waiting)]
+    decision = decide(queue, views, available=available, budget=budget)
+    by_id = {view.id: view for view in views + queue}
+    granted = grants(decision)
+    needed = sum(
+        max(0, -(-(by_id[id].num_computed + tokens) // SIZE) - by_id[id].num_blocks) for id, tokens in granted.items()
+    )
+    assert sum(granted.values()) <= budget
+    assert needed <= available + sum(by_id[id].num_blocks for id in decision.preempt)
+    assert not set(granted) & set(decision.preempt)
+    assert all(1 <= tokens <= by_id[id].num_uncomputed for id, tokens in granted.items())
