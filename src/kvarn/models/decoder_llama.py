@@ -98,13 +98,13 @@ class LlamaDecoder:
         spec = self.spec
         heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
         qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, width)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if layer.query_norm is not None and layer.key_norm is not None:
             query = ops.rms_norm(query, layer.query_norm, self._eps)
             key = ops.rms_norm(key, layer.key_norm, self._eps)
         pages = kv.layer(index)
         ops.rope_and_cache(query, key, value, self._cos_sin, batch.positions, pages, batch.slots)
-        attended = ops.paged_attention(
+        attended: torch.Tensor = ops.paged_attention(
             query, pages, kv.slot_positions, batch.block_tables, batch.kv_slots, batch.query_starts, batch.positions,
             self._scale, layer.window,
         )  # fmt: skip

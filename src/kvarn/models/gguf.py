@@ -134,7 +134,7 @@ def _rope(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3_rope(factors: NDArray[np.float32], theta: float, head_dim: int, path: str) -> dict[str, Any]:
-    """GGUF keeps Llama 3's scaling as one divisor a frequency. Find the published parameters that give these divisors."""
+    """GGUF keeps Llama 3's scaling as one divisor a frequency: find the published parameters that give these."""
     from kvarn.models.rope import inverse_frequencies
 
     rope = {

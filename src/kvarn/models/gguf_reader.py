@@ -27,7 +27,7 @@ _MAX_DIMENSIONS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies. `shape` is row-major as PyTorch has it; `offset` and `nbytes` count from the file's start."""
+    """Where one tensor lies. `shape` is row-major as PyTorch has it; `offset` counts from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ class GGUFFile:
             end = start + offset + nbytes
             if end > len(self._data):
                 raise self._corrupt(
-                    f"tensor {name} ends at byte {end}, the file at {len(self._data)}: it is truncated, download it again"
+                    f"tensor {name} ends at byte {end}, the file at {len(self._data)}: truncated, download it again"
                 )
             self.tensors[name] = TensorInfo(name, shape, kind, start + offset, nbytes)
 
@@ -123,7 +123,7 @@ class GGUFFile:
             raise self._corrupt(f"tensor {name} has the unknown type {kind}") from None
         if min(shape) < 1 or shape[-1] % block_elements:
             raise self._corrupt(f"tensor {name} has shape {list(shape)}, not whole blocks of {block_elements}")
-        return math.prod(shape) // block_elements * int(block_bytes)
+        return math.prod(shape) // int(block_elements) * int(block_bytes)
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:

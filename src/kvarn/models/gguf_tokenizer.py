@@ -26,7 +26,7 @@ _QWEN2_SPLIT: Final = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def write_tokenizer(file: GGUFFile, target: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `target`. Raises ModelError when the file has no tokenizer."""
+    """Write tokenizer.json and tokenizer_config.json into `target`. ModelError when the file has no tokenizer."""
     meta = file.metadata
     if "tokenizer.ggml.tokens" not in meta:
         raise ModelError(f"{file.path} holds no tokenizer (tokenizer.ggml.tokens); it is not a complete model")
@@ -64,7 +64,7 @@ def _byte_level(meta: dict[str, Any], splitter: pre_tokenizers.PreTokenizer) -> 
     # Llama 3 takes a whole pre-token that is in the vocabulary without merging its way there.
     whole = meta.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3")
     try:
-        model = BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=whole)  # type: ignore[arg-type]
+        model = BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=whole)
     except Exception as error:  # the bindings raise bare Exception
         raise ModelError(f"the GGUF file's tokenizer is inconsistent: {error}") from None
     tokenizer = Tokenizer(model)

@@ -37,7 +37,7 @@ class PackedLinear:
 
 @functools.cache
 def _can_pack(device: str, dtype: torch.dtype) -> bool:
-    if device != "cpu" or not torch.backends.mkldnn.is_available():
+    if device != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

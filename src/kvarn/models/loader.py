@@ -1,8 +1,7 @@
-"""A folder of model files -> a `Decoder` ready to run: the fused one where it fits, transformers' own model otherwise."""
+"""A folder of model files -> a `Decoder` ready to run: the fused one where it fits, transformers' model otherwise."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -11,6 +10,7 @@ import torch
 
 from kvarn.errors import CapacityError, ModelError
 from kvarn.models import decoder_llama
+from kvarn.models.config import eos_tokens, read_config
 from kvarn.models.sources import ModelFiles
 from kvarn.models.spec import Decoder, ModelSpec
 from kvarn.models.weights import Weights
@@ -43,33 +43,10 @@ def load_decoder(
     else:
         from kvarn.models.decoder_transformers import TransformersDecoder
 
-        decoder = TransformersDecoder.load(files, torch_dtype, target)
+        decoder = TransformersDecoder.load(files, config, torch_dtype, target)
     if progress:
         progress("loading the weights", 1.0)
     return decoder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError when it is missing or not a JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}, expected an object")
-    return config
-
-
-def eos_tokens(folder: Path, config: dict[str, Any]) -> frozenset[int]:
-    """Ids that end a text: generation_config.json's when it names any, config.json's otherwise."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    ids = generation.get("eos_token_id")
-    ids = config.get("eos_token_id") if ids is None else ids
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> ModelSpec:
