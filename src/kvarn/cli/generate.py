@@ -13,6 +13,7 @@ from rich.console import Console
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
+from kvarn.serving.config import DType
 
 if TYPE_CHECKING:
     from kvarn.models.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same text; -1: random.")] = -1,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[DType, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     kv_memory: Annotated[str, typer.Option(help="Memory of the KV cache, such as 2GiB.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,

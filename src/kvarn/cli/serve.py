@@ -14,7 +14,7 @@ from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import EngineConfig
+from kvarn.serving.config import DType, EngineConfig, PolicyName
 
 _ENGINE, _LIMITS, _SERVER = "Engine", "Limits", "Server"
 
@@ -48,10 +48,10 @@ def serve(
         bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel=_SERVER)
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="Arithmetic: auto, float32 or bfloat16.", rich_help_panel=_ENGINE)
+        DType, typer.Option(help="Arithmetic: auto, float32 or bfloat16.", rich_help_panel=_ENGINE)
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=_ENGINE)] = "cpu",
-    policy: Annotated[str, typer.Option(help="Scheduling policy: fcfs.", rich_help_panel=_ENGINE)] = "fcfs",
+    policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
     threads: Annotated[
         int, typer.Option(help="Compute threads; 0: all processors allowed to us.", rich_help_panel=_ENGINE)
     ] = 0,

@@ -1,0 +1,96 @@
+"""The commands as a person runs them: what they print, what they say of wrong input, how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ServerProcess
+
+
+def kvarn(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvarn.cli.main", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_generate_prints_text():
+    done = kvarn("generate", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_generate_json_for_a_file_of_prompts(tmp_path: Path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("One, two,\n\nThe sky is\n")
+    done = kvarn("generate", "--file", str(file), "--raw", "--json", "--max-tokens", "5", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["output_tokens"] for record in records] == [5, 5]
+
+
+def test_chat_asks_a_running_server(server: ServerProcess):
+    done = kvarn("chat", "--base-url", f"{server.url}/v1", "--once", "Say hello.", "--max-tokens", "16")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+
+
+def test_chat_reads_lines_and_commands(server: ServerProcess):
+    lines = "/system Be brief.\nHello\n/clear\n/exit\n"
+    done = kvarn("chat", "--base-url", f"{server.url}/v1", "--max-tokens", "8", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 1
+
+
+def test_model_inspect_and_list():
+    facts = json.loads(kvarn("model", "inspect", "smollm2", "--json").stdout)
+    assert facts["architecture"] == "LlamaForCausalLM" and facts["kv_bytes_per_token_bfloat16"] == 23_040
+    listed = json.loads(kvarn("model", "list", "--json").stdout)
+    assert "smollm2" in [model["name"] for model in listed]
+    assert Path(kvarn("model", "pull", "smollm2").stdout.strip()).is_dir()
+
+
+def test_bench_serve_reports_json(server: ServerProcess):
+    done = kvarn(
+        "bench", "serve", "--base-url", server.url, "--model", "smollm2", "--workload", "burst", "--requests", "4",
+        "--input-tokens", "16", "--output-tokens", "8", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate",), "no prompt"),
+        (("generate", "hi", "--model", "no-such-model"), "no-such-model"),
+        (("generate", "hi", "--temperature", "9"), "temperature"),
+        (("generate", "hi", "--dtype", "float7"), "float7"),
+        (("generate", "word " * 9000), "context"),
+        (("generate", "hi", "--file", "absent.txt"), "absent.txt"),
+        (("chat", "--base-url", "http://127.0.0.1:9", "--once", "hi"), "kvarn serve"),
+        (("model", "inspect", "absent.gguf"), "absent.gguf"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], message: str):
+    done = kvarn(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_corrupt_files_are_named(tmp_path: Path, model_folder: Path):
+    gguf = tmp_path / "broken.gguf"
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    (folder / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{not json")
+    for broken in (gguf, folder):
+        done = kvarn("generate", "hi", "--model", str(broken))
+        assert done.returncode == 2, done.stderr
+        assert broken.name in done.stderr and "Traceback" not in done.stderr
