@@ -1,28 +1,171 @@
-"""Every kernel of kvarn, declared once.
+"""Every kernel of kvarn, declared once: its schema, its reference, its fake for tracing, and the function to call.
 
-(to be completed: see the contract in this docstring)
+Tensors go in, tensors come out; in-place arguments are named in each docstring. Each op is `torch.ops.kvarn.NAME`, so
+torch.compile, fake tensors and profilers see it. Every device runs the torch reference (`reference.py`) unless a
+faster version is registered for it; the native CPU library (`cpu/`, float32 and bfloat16) is loaded here. Arguments
+that do not fit raise RuntimeError saying what was got and what was expected; the reference may raise torch's own.
 
-    kvarn::paged_attention(Tensor query, Tensor kv, Tensor slot_positions, Tensor block_tables, Tensor kv_slots,
-                           Tensor query_starts, Tensor positions, float scale, int window=0, float softcap=0.0,
-                           Tensor? sinks=None) -> Tensor
-        query          [T, Hq, D]   float32 or bfloat16, rows of all sequences one after another
-        kv             [N, 2, Hkv, B, D]  one layer's view of the pool (dim 0 strided: page-major pool)
-        slot_positions [N, B] int32  position of the token held by each slot, -1 when empty
-        block_tables   [S, M] int32  block ids of each sequence, in slot order (unused entries: any value)
-        kv_slots       [S] int32     how many leading slots of its block table each sequence may look at
-        query_starts   [S+1] int32   rows query_starts[s]:query_starts[s+1] belong to sequence s
-        positions      [T] int32     position of each query row
-        A row at position p of sequence s attends to every slot among the first kv_slots[s] whose position q has
-        0 <= q <= p and (window == 0 or p - q < window). Rows that may look at nothing give zeros.
-        softcap > 0: logits = softcap * tanh(logits / softcap). sinks [Hq]: an extra logit a head in the softmax's
-        denominator (GPT-OSS).
-    kvarn::rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
-    kvarn::add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor      residual += x, then norm of it
-    kvarn::rope_and_cache(Tensor(a!) query, Tensor key, Tensor value, Tensor cos_sin, Tensor positions,
-                          Tensor(b!) kv, Tensor slots) -> ()
-        rotates query in place (half-split "neox" layout, rotary width = cos_sin.shape[1] <= D), writes the rotated key
-        and the value to flat slots [T] (= block * B + offset). cos_sin [P, R] float32: cos in the first half, sin in
-        the second.
-    kvarn::write_cache(Tensor key, Tensor value, Tensor(a!) kv, Tensor slots) -> ()
-    kvarn::silu_mul(Tensor gate_up) -> Tensor         [T, 2F] -> [T, F]
+Shapes: T rows (tokens of all sequences, one after another), S sequences, Hq query heads, Hkv key/value heads (Hq is a
+multiple), D head dimension (a multiple of 8), N blocks of B slots, M blocks in the longest block table.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvarn.kernels import native, reference
+
+_library = torch.library.Library("kvarn", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _declare(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Declare an op, its reference for all devices and its shapes for fake tensors; returns the torch operator."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"kvarn::{name}", fake, lib=_library)
+    return getattr(torch.ops.kvarn, name).default
+
+
+def _like_contiguous(x: Tensor, *_: object, **__: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+_paged_attention = _declare(
+    "paged_attention(Tensor query, Tensor kv, Tensor slot_positions, Tensor block_tables, Tensor kv_slots, "
+    "Tensor query_starts, Tensor positions, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) "
+    "-> Tensor",
+    reference.paged_attention,
+    _like_contiguous,
+)
+_rms_norm = _declare("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", reference.rms_norm, _like_contiguous)
+_add_rms_norm = _declare(
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    reference.add_rms_norm,
+    _like_contiguous,
+)
+_rope_and_cache = _declare(
+    "rope_and_cache(Tensor(a!) query, Tensor key, Tensor value, Tensor cos_sin, Tensor positions, Tensor(b!) kv, "
+    "Tensor slots) -> ()",
+    reference.rope_and_cache,
+    _nothing,
+)
+_write_cache = _declare(
+    "write_cache(Tensor key, Tensor value, Tensor(a!) kv, Tensor slots) -> ()", reference.write_cache, _nothing
+)
+_silu_mul = _declare(
+    "silu_mul(Tensor gate_up) -> Tensor",
+    reference.silu_mul,
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
+
+_native = native.load()
+
+
+def native_kernels() -> str | None:
+    """The instruction set of the native CPU kernels in use ("avx512_bf16", "avx512", "avx2", "portable").
+
+    None when CPU tensors run on the reference.
+    """
+    return _native.selected if _native else None
+
+
+def native_variants() -> tuple[str, ...]:
+    """The instruction sets `use_native_variant` takes on this machine, best first; empty without native kernels."""
+    return _native.variants if _native else ()
+
+
+def use_native_variant(name: str) -> None:
+    """Run the native kernels of instruction set `name` from now on; ValueError when not in `native_variants()`."""
+    if _native is None:
+        raise ValueError(f"cannot run {name!r} kernels: no native kernels are loaded")
+    _native.select(name)
+
+
+def paged_attention(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of mixed prefill and decode rows over paged keys and values, masked by position.
+
+    query           [T, Hq, D] float32 or bfloat16; rows and heads may be strided, as in a slice of a fused projection
+    kv              [N, 2, Hkv, B, D] of the query's dtype: one layer of the pool; dim 0 may be strided
+    slot_positions  [N, B] int32: position of the token held by each slot, -1 when empty
+    block_tables    [S, M] int32: block ids of each sequence in slot order (entries past its slots: any value)
+    kv_slots        [S] int32: how many leading slots of its block table each sequence may look at
+    query_starts    [S + 1] int32 from 0 to T: rows query_starts[s]:query_starts[s + 1] belong to sequence s
+    positions       [T] int32: position of each query row
+    scale           factor on the dot products
+    window          0, or how many positions back (its own included) a row may look
+    softcap         0, or the cap c in c * tanh(logit / c)
+    sinks           None, or [Hq] float32 or bfloat16: one more logit a head in the softmax's denominator
+
+    A row at position p attends to every slot among its sequence's first kv_slots whose position q has 0 <= q <= p and,
+    with a window, p - q < window; slots may be in any order and have holes. Rows that may look at nothing give zeros.
+    Returns [T, Hq, D], contiguous. Weights of bfloat16 inputs are rounded to bfloat16 on processors with AVX512_BF16;
+    all sums are float32.
+    """
+    return _paged_attention(  # type: ignore[no-any-return]
+        query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, scale, window, softcap, sinks
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    x [..., F] of one to three dimensions, all but the last may be strided; weight [F] of x's dtype. Computed in
+    float32 and rounded once. Returns x's shape, contiguous.
+    """
+    return _rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds x to `residual` in place (rounded to its dtype) and returns rms_norm(residual, weight, eps).
+
+    x and residual [..., F] of the same shape and dtype, weight [F]; strides as for `rms_norm`.
+    """
+    return _add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+
+
+def rope_and_cache(
+    query: Tensor, key: Tensor, value: Tensor, cos_sin: Tensor, positions: Tensor, kv: Tensor, slots: Tensor
+) -> None:
+    """Rotary embedding: rotates `query` in place, writes the rotated key and the value into `kv`.
+
+    query      [T, Hq, D], changed in place; rows and heads may be strided, as of key and value
+    key, value [T, Hkv, D]; the key itself is left as it is
+    cos_sin    [P, R] float32, R <= D even: cosines of position p in its first half, sines in its second
+    positions  [T] int32 in [0, P)
+    kv         [N, 2, Hkv, B, D], changed in place: one layer of the pool; dim 0 may be strided
+    slots      [T] int32: block * B + offset where each row's key and value go, all different
+
+    Element i of the first R / 2 turns with element i + R / 2 ("neox" layout); elements from R on are not rotated.
+    """
+    _rope_and_cache(query, key, value, cos_sin, positions, kv, slots)
+
+
+def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """Writes key and value [T, Hkv, D] as they are into slots [T] of `kv`; arguments as for `rope_and_cache`."""
+    _write_cache(key, value, kv, slots)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where gate and up are the halves of gate_up [T, 2F]; rows may be strided. Returns [T, F]."""
+    return _silu_mul(gate_up)  # type: ignore[no-any-return]

@@ -1,0 +1,391 @@
+// Paged attention over one task: a tile of query rows (every row once per query head of the kv head) against the
+// slots it may see, gathered `kChunk` at a time, with the usual running maximum and sum (flash attention).
+//
+// Slots are picked one by one by position, so empty slots, holes, slots in the future of every row and slots behind
+// the window cost nothing but the look; the same loop serves decode (a tile is one row's group of heads) and prefill.
+// Both products, Q K^T and P V, are one small matrix multiply: rows of scalars times columns of vectors. A "scalar"
+// is a float, or a pair of bfloat16 where the processor multiplies those (AVX512_BF16), accumulating in float.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace kvarn {
+namespace {
+
+constexpr int64_t kChunk = 64;   // slots per step
+constexpr int64_t kRowGroup = 4;  // rows per register tile
+
+struct FloatTile {
+  using Scalar = float;
+  static constexpr int64_t kPerScalar = 1;
+  KVARN_INLINE Floats multiply_add(Floats sum, float a, const float* b) { return sum + a * load(b); }
+};
+
+#if defined(__AVX512BF16__)
+struct PairTile {
+  using Scalar = uint32_t;
+  static constexpr int64_t kPerScalar = 2;
+  KVARN_INLINE Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)load_as<Words>(b));
+  }
+};
+#endif
+
+// How the elements of a model's dtype are held in tiles.
+template <class T>
+struct TileOf {
+  using type = FloatTile;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct TileOf<bfloat16> {
+  using type = PairTile;
+};
+#endif
+
+// c[Rows][Vectors] = c * rescale + a[Rows][depth] b[depth][Vectors]; rescale null: c starts from zero.
+template <class Tile, int Rows, int Vectors>
+static inline void multiply_tile(const typename Tile::Scalar* a, int64_t a_stride, const typename Tile::Scalar* b,
+                                 int64_t b_stride, int64_t depth, float* c, int64_t c_stride, const float* rescale) {
+  Floats sums[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      sums[r][v] = rescale ? load(c + r * c_stride + v * kLanes) * rescale[r] : Floats{};
+  for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v)
+        sums[r][v] = Tile::multiply_add(sums[r][v], a[r * a_stride + k], b + k * b_stride + v * kLanes);
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
+}
+
+template <class Tile, int Vectors>
+static void multiply_columns(const typename Tile::Scalar* a, int64_t a_stride, int64_t rows,
+                             const typename Tile::Scalar* b, int64_t b_stride, int64_t depth, float* c,
+                             int64_t c_stride, const float* rescale) {
+  for (int64_t r = 0; r < rows; r += kRowGroup) {
+    const auto* a_rows = a + r * a_stride;
+    float* c_rows = c + r * c_stride;
+    const float* by = rescale ? rescale + r : nullptr;
+    switch (smaller(rows - r, kRowGroup)) {
+      case 1: multiply_tile<Tile, 1, Vectors>(a_rows, a_stride, b, b_stride, depth, c_rows, c_stride, by); break;
+      case 2: multiply_tile<Tile, 2, Vectors>(a_rows, a_stride, b, b_stride, depth, c_rows, c_stride, by); break;
+      case 3: multiply_tile<Tile, 3, Vectors>(a_rows, a_stride, b, b_stride, depth, c_rows, c_stride, by); break;
+      default: multiply_tile<Tile, 4, Vectors>(a_rows, a_stride, b, b_stride, depth, c_rows, c_stride, by); break;
+    }
+  }
+}
+
+// `columns` is a multiple of kLanes.
+template <class Tile>
+static void multiply(const typename Tile::Scalar* a, int64_t a_stride, int64_t rows, const typename Tile::Scalar* b,
+                     int64_t b_stride, int64_t depth, int64_t columns, float* c, int64_t c_stride,
+                     const float* rescale) {
+  int64_t j = 0;
+  for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes)
+    multiply_columns<Tile, kTileVectors>(a, a_stride, rows, b + j, b_stride, depth, c + j, c_stride, rescale);
+  for (; j < columns; j += kLanes)
+    multiply_columns<Tile, 1>(a, a_stride, rows, b + j, b_stride, depth, c + j, c_stride, rescale);
+}
+
+// `count` (<= kLanes) scalars of a row as raw words: floats, or pairs of bfloat16 left as they are.
+template <class Tile, class T>
+KVARN_INLINE Words load_scalars(const T* p, int64_t count) {
+  if constexpr (Tile::kPerScalar == 1) {
+    return (Words)load(p, count);
+  } else {
+    return (Words)load(reinterpret_cast<const float*>(p), count);
+  }
+}
+
+// The slots of one chunk. `keys` are addresses of K rows; a slot's V row lies `value_offset` further on.
+template <class T>
+struct Chunk {
+  const T* keys[kChunk];
+  int32_t positions[kChunk];
+  int64_t count;
+  int32_t lowest, highest;
+
+  // Fill up to whole vectors with slots that no row may see.
+  int64_t pad() {
+    int64_t padded = round_up(count, kLanes);
+    for (int64_t i = count; i < padded; ++i) {
+      keys[i] = keys[0];
+      positions[i] = INT32_MAX;
+    }
+    return padded;
+  }
+};
+
+// Walks the task's slots in table order and hands out those that some row of the tile may see.
+template <class T>
+class SlotWalk {
+ public:
+  SlotWalk(const AttentionArgs& args, const AttentionTask& task) : args_(args), next_(task.slot_begin), end_(task.slot_end) {
+    table_ = args.block_tables + task.sequence * args.block_tables_stride;
+    keys_ = static_cast<const T*>(args.kv) + task.kv_head * args.head_stride;
+    int32_t low = INT32_MAX;
+    highest_ = -1;
+    for (int64_t r = 0; r < task.row_count; ++r) {
+      int32_t position = args.positions[task.row_begin + r];
+      low = position < low ? position : low;
+      highest_ = position > highest_ ? position : highest_;
+    }
+    lowest_ = args.window > 0 ? (int32_t)larger(0, low - args.window + 1) : 0;
+  }
+
+  bool fill(Chunk<T>& chunk) {
+    int64_t count = 0;
+    int32_t lowest = INT32_MAX, highest = -1;
+    while (next_ < end_ && count < kChunk) {
+      int64_t block = table_[next_ / args_.block_size];
+      int64_t offset = next_ % args_.block_size;
+      int64_t take = smaller(smaller(args_.block_size - offset, end_ - next_), kChunk - count);
+      const int32_t* positions = args_.slot_positions + block * args_.slot_positions_stride + offset;
+      const T* key = keys_ + block * args_.block_stride + offset * args_.head_dim;
+      for (int64_t i = 0; i < take; ++i, key += args_.head_dim) {
+        int32_t position = positions[i];
+        chunk.keys[count] = key;
+        chunk.positions[count] = position;
+        bool seen = (position >= lowest_) & (position <= highest_);
+        count += seen;
+        lowest = seen & (position < lowest) ? position : lowest;
+        highest = seen & (position > highest) ? position : highest;
+      }
+      next_ += take;
+    }
+    chunk.count = count;
+    chunk.lowest = lowest;
+    chunk.highest = highest;
+    return count > 0;
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const int32_t* table_;
+  const T* keys_;
+  int64_t next_, end_;
+  int32_t lowest_, highest_;
+};
+
+// All buffers of one task, cut out of one piece of memory.
+template <class T>
+struct Tiles {
+  using Tile = typename TileOf<T>::type;
+  using Scalar = typename Tile::Scalar;
+  int64_t rows, depth, width;  // depth: scalars in a Q or K row; width: floats in a padded V or output row
+  Scalar *queries, *keys, *values, *weights;
+  float *scores, *sums, *maxima, *totals, *rescale;
+  int32_t* positions;
+
+  Tiles(const AttentionArgs& args, int64_t row_count, char* memory) {
+    rows = row_count * args.group;
+    depth = args.head_dim / Tile::kPerScalar;
+    width = round_up(args.head_dim, 2 * kLanes);
+    char* p = memory;
+    auto take = [&p](auto*& pointer, int64_t count) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(p);
+      p += round_up(count * 4, 64);
+    };
+    take(queries, rows * depth);
+    take(keys, depth * kChunk);
+    take(values, kChunk / Tile::kPerScalar * width);
+    take(scores, rows * kChunk);
+    take(sums, rows * width);
+    take(maxima, rows);
+    take(totals, rows);
+    take(rescale, rows);
+    take(positions, rows);
+    weights = reinterpret_cast<Scalar*>(scores);  // a row's weights replace its scores
+    bytes = p - memory;
+  }
+  int64_t bytes;
+};
+
+template <class T>
+static void load_queries(const AttentionArgs& args, const AttentionTask& task, Tiles<T>& t) {
+  using Tile = typename Tiles<T>::Tile;
+  const T* base = static_cast<const T*>(args.query) + task.kv_head * args.group * args.query_head_stride;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    int64_t row = task.row_begin + r / args.group;
+    const T* from = base + row * args.query_row_stride + r % args.group * args.query_head_stride;
+    auto* to = reinterpret_cast<float*>(t.queries + r * t.depth);
+    for (int64_t d = 0; d < t.depth; d += kLanes) {
+      int64_t count = smaller(kLanes, t.depth - d);
+      store(to + d, (Floats)load_scalars<Tile>(from + d * Tile::kPerScalar, count), count);
+    }
+    t.positions[r] = args.positions[row];
+    t.maxima[r] = -kInfinity;
+    t.totals[r] = 0.f;
+  }
+  memset(t.sums, 0, t.rows * t.width * sizeof(float));
+}
+
+// keys[depth][kChunk] = transposed K rows.
+template <class T>
+static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
+  using Tile = typename Tiles<T>::Tile;
+  for (int64_t s = 0; s < columns; s += kLanes) {
+    for (int64_t d = 0; d < t.depth; d += kLanes) {
+      int64_t count = smaller(kLanes, t.depth - d);
+      Words rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = load_scalars<Tile>(chunk.keys[s + i] + d * Tile::kPerScalar, count);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < count) memcpy(t.keys + (d + i) * kChunk + s, &rows[i], sizeof(Words));
+    }
+  }
+}
+
+// values[columns][width] = V rows as floats, or values[columns / 2][width] = two V rows interleaved.
+template <class T>
+static void pack_values(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
+  using Tile = typename Tiles<T>::Tile;
+  if constexpr (Tile::kPerScalar == 1) {
+    for (int64_t s = 0; s < columns; ++s) {
+      const T* from = chunk.keys[s] + args.value_offset;
+      for (int64_t d = 0; d < args.head_dim; d += kLanes)
+        store(t.values + s * t.width + d, load(from + d, args.head_dim - d));
+    }
+  } else {
+    for (int64_t s = 0; s < columns; s += 2) {
+      const T* even = chunk.keys[s] + args.value_offset;
+      const T* odd = chunk.keys[s + 1] + args.value_offset;
+      auto* to = t.values + s / 2 * t.width;
+      for (int64_t d = 0; d < args.head_dim; d += 2 * kLanes) {
+        int64_t count = (args.head_dim - d) / 2;  // head_dim is even
+        auto a = (WideHalves)load(reinterpret_cast<const float*>(even + d), count);
+        auto b = (WideHalves)load(reinterpret_cast<const float*>(odd + d), count);
+        constexpr auto lanes = std::make_index_sequence<2 * kLanes>();
+        WideHalves low = interleave<0>(a, b, lanes), high = interleave<kLanes>(a, b, lanes);
+        memcpy(to + d, &low, sizeof low);
+        memcpy(to + d + kLanes, &high, sizeof high);
+      }
+    }
+  }
+}
+
+template <class Tile>
+KVARN_INLINE void store_weights(typename Tile::Scalar* row, int64_t column, Floats weights) {
+  if constexpr (Tile::kPerScalar == 1) {
+    store(row + column, weights);
+  } else {
+    store(reinterpret_cast<bfloat16*>(row) + column, weights);
+  }
+}
+
+// One row of scores (in place, logits in units of log2) becomes unnormalised weights; maximum and sum move on.
+template <class T>
+static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, bool masked, int64_t r,
+                        Tiles<T>& t) {
+  float* scores = t.scores + r * kChunk;
+  int32_t position = t.positions[r];
+  int64_t behind = args.window > 0 ? larger(-1, position - args.window) : -1;  // the last position out of sight
+  Floats highest = splat(-kInfinity);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    Floats logits = load(scores + j) * (args.softcap > 0.f ? args.scale / args.softcap : args.scale * kLog2e);
+    if (args.softcap > 0.f) logits = tanh(logits) * (args.softcap * kLog2e);
+    if (masked) {
+      Ints at = load_as<Ints>(chunk.positions + j);
+      logits = (at <= position) & (at > (int32_t)behind) ? logits : splat(-kInfinity);
+    }
+    store(scores + j, logits);
+    highest = vmax(highest, logits);
+  }
+  float before = t.maxima[r], after = maximum(highest);
+  after = after > before ? after : before;
+  bool nothing = after == -kInfinity;
+  float shift = nothing ? 0.f : after;
+  Floats total{};
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    Floats weights = exp2(load(scores + j) - shift);
+    total += weights;
+    store_weights<typename Tiles<T>::Tile>(t.weights + r * kChunk, j, weights);
+  }
+  t.rescale[r] = nothing ? 1.f : exp2(before - after);
+  t.totals[r] = t.totals[r] * t.rescale[r] + sum(total);
+  t.maxima[r] = after;
+}
+
+// One finished row: the sink joins the denominator, the sums are divided and written in the model's dtype.
+template <class T>
+static void write_row(const AttentionArgs& args, const AttentionTask& task, int64_t r, const float* sums, float maximum,
+                      float total) {
+  int64_t head = task.kv_head * args.group + r % args.group;
+  if (args.sinks) {
+    float sink = args.sinks[head] * kLog2e;
+    float shift = sink > maximum ? sink : maximum;
+    float by = exp2(maximum - shift);
+    total = total * by + exp2(sink - shift);
+    total = by > 0.f ? total / by : kInfinity;
+  }
+  float inverse = total > 0.f ? 1.f / total : 0.f;
+  int64_t row = task.row_begin + r / args.group;
+  T* to = static_cast<T*>(args.out) + (row * args.query_heads + head) * args.head_dim;
+  for (int64_t d = 0; d < args.head_dim; d += kLanes) {
+    int64_t count = args.head_dim - d;
+    store(to + d, load(sums + d, count) * inverse, count);
+  }
+}
+
+template <class T>
+static void attention_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+  using Tile = typename Tiles<T>::Tile;
+  Tiles<T> t(args, task.row_count, scratch);
+  load_queries(args, task, t);
+  int32_t first = INT32_MAX, last = -1;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    first = t.positions[r] < first ? t.positions[r] : first;
+    last = t.positions[r] > last ? t.positions[r] : last;
+  }
+  SlotWalk<T> walk(args, task);
+  Chunk<T> chunk;
+  while (walk.fill(chunk)) {
+    int64_t columns = chunk.pad();
+    bool masked = columns > chunk.count || chunk.highest > first ||
+                  (args.window > 0 && chunk.lowest <= last - args.window);
+    pack_keys(chunk, columns, t);
+    multiply<Tile>(t.queries, t.depth, t.rows, t.keys, kChunk, t.depth, columns, t.scores, kChunk, nullptr);
+    for (int64_t r = 0; r < t.rows; ++r) softmax_row(args, chunk, columns, masked, r, t);
+    pack_values(args, chunk, columns, t);
+    multiply<Tile>(t.weights, kChunk, t.rows, t.values, t.width, columns / Tile::kPerScalar,
+                   round_up(args.head_dim, kLanes), t.sums, t.width, t.rescale);
+  }
+  if (!task.partial) {
+    for (int64_t r = 0; r < t.rows; ++r) write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
+    return;
+  }
+  for (int64_t r = 0; r < t.rows; ++r)
+    memcpy(task.partial + r * args.head_dim, t.sums + r * t.width, args.head_dim * sizeof(float));
+  memcpy(task.partial + t.rows * args.head_dim, t.maxima, t.rows * sizeof(float));
+  memcpy(task.partial + t.rows * (args.head_dim + 1), t.totals, t.rows * sizeof(float));
+}
+
+// Joins the partial results of one tile in place of the first of them.
+template <class T>
+static void merge_task(const AttentionArgs& args, const MergeTask& merge) {
+  int64_t rows = merge.whole.row_count * args.group, dim = args.head_dim, size = rows * (dim + 2);
+  float* into = merge.whole.partial;
+  for (int64_t r = 0; r < rows; ++r) {
+    float highest = -kInfinity, total = 0.f;
+    for (int64_t i = 0; i < merge.splits; ++i) {
+      float m = into[i * size + rows * dim + r];
+      highest = m > highest ? m : highest;
+    }
+    for (int64_t i = 0; i < merge.splits; ++i) {
+      const float* part = into + i * size;
+      float by = highest == -kInfinity ? 0.f : exp2(part[rows * dim + r] - highest);
+      total += part[rows * (dim + 1) + r] * by;
+      for (int64_t d = 0; d < dim; ++d) into[r * dim + d] = part[r * dim + d] * by + (i ? into[r * dim + d] : 0.f);
+    }
+    write_row<T>(args, merge.whole, r, into + r * dim, highest, total);
+  }
+}
+
+}  // namespace
+}  // namespace kvarn

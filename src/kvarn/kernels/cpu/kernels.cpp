@@ -1,0 +1,38 @@
+// The vector code, compiled once per instruction set: KVARN_VARIANT names the table it fills.
+#include "kernels.h"
+
+#include "attention.h"
+#include "rowwise.h"
+
+#define KVARN_JOIN_(a, b) a##b
+#define KVARN_JOIN(a, b) KVARN_JOIN_(a, b)
+#define KVARN_STRING_(a) #a
+#define KVARN_STRING(a) KVARN_STRING_(a)
+
+namespace kvarn {
+namespace {
+
+// Runs F<float> or F<bfloat16>.
+#define KVARN_BY_DTYPE(function, args, ...) \
+  ((args).is_bfloat16 ? function<bfloat16>(args, __VA_ARGS__) : function<float>(args, __VA_ARGS__))
+
+int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t rows) {
+  return larger(Tiles<float>(args, rows, nullptr).bytes, Tiles<bfloat16>(args, rows, nullptr).bytes);
+}
+void attention(const AttentionArgs& args, const AttentionTask& task, void* scratch) {
+  KVARN_BY_DTYPE(attention_task, args, task, static_cast<char*>(scratch));
+}
+void attention_merge(const AttentionArgs& args, const MergeTask& task) { KVARN_BY_DTYPE(merge_task, args, task); }
+void rms_norm(const NormArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(rms_norm_rows, args, begin, end); }
+void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
+  KVARN_BY_DTYPE(rope_and_cache_rows, args, begin, end);
+}
+void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(silu_mul_rows, args, begin, end); }
+
+}  // namespace
+
+const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
+    KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge, rms_norm, rope_and_cache, silu_mul,
+};
+
+}  // namespace kvarn

@@ -1,0 +1,100 @@
+// What the torch-facing code (ops_*.cpp) and the vector code (kernels.cpp, compiled once per instruction set)
+// tell each other: plain structs of pointers and sizes, and one table of functions per instruction set.
+// Nothing here or in the vector code includes torch or the C++ standard library's templates: an inline function
+// compiled with AVX-512 must never be the copy the linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace kvarn {
+
+// Sizes and strides are in elements, slot and row numbers count from 0.
+struct AttentionArgs {
+  const void* query;            // [T, Hq, D]
+  int64_t query_row_stride, query_head_stride;
+  const void* kv;               // [N, 2, Hkv, B, D]
+  int64_t block_stride, value_offset, head_stride;
+  const int32_t* slot_positions;  // [N, B]
+  int64_t slot_positions_stride;
+  const int32_t* block_tables;  // [S, M]
+  int64_t block_tables_stride;
+  const int32_t* positions;     // [T]
+  const float* sinks;           // [Hq] or null
+  void* out;                    // [T, Hq, D] contiguous
+  int64_t query_heads, kv_heads, group, head_dim, block_size;
+  float scale, softcap;
+  int64_t window;
+  bool is_bfloat16;
+};
+
+// One piece of attention: some rows of one sequence, the query heads of one kv head, a range of its slots.
+struct AttentionTask {
+  int64_t sequence, kv_head;
+  int64_t row_begin, row_count;
+  int64_t slot_begin, slot_end;
+  // Where the unfinished result goes when the slots are split over several tasks; null: finish and write to `out`.
+  float* partial;
+};
+
+// A partial result is rows * (head_dim + 2) floats: the weighted sums, then every row's maximum, then its sum.
+struct MergeTask {
+  AttentionTask whole;  // `partial` is the first of `splits` consecutive partial results
+  int64_t splits;
+};
+
+struct NormArgs {
+  const void* x;  // [A, B, F]
+  int64_t x_outer_stride, x_inner_stride;
+  void* residual;  // [A, B, F] or null
+  int64_t residual_outer_stride, residual_inner_stride;
+  const void* weight;  // [F]
+  void* out;           // [A, B, F] contiguous
+  int64_t inner, features;
+  float eps;
+  bool is_bfloat16;
+};
+
+struct CacheArgs {
+  void* query;  // [T, Hq, D] or null: nothing to rotate, keys are stored as they are
+  const void *key, *value;  // [T, Hkv, D]
+  int64_t query_row_stride, key_row_stride, value_row_stride;
+  int64_t query_head_stride, key_head_stride, value_head_stride;
+  const float* cos_sin;  // [P, R]
+  int64_t rotary;
+  const int32_t *positions, *slots;  // [T]
+  void* kv;                          // [N, 2, Hkv, B, D]
+  int64_t block_stride, value_offset, head_stride;
+  int64_t query_heads, kv_heads, head_dim, block_size;
+  bool is_bfloat16;
+};
+
+struct SiluArgs {
+  const void* gate_up;  // [T, 2F]
+  int64_t row_stride;
+  void* out;  // [T, F] contiguous
+  int64_t features;
+  bool is_bfloat16;
+};
+
+// Row functions work on rows [begin, end).
+struct Kernels {
+  const char* name;
+  int64_t (*attention_scratch_bytes)(const AttentionArgs&, int64_t rows);
+  void (*attention)(const AttentionArgs&, const AttentionTask&, void* scratch);
+  void (*attention_merge)(const AttentionArgs&, const MergeTask&);
+  void (*rms_norm)(const NormArgs&, int64_t begin, int64_t end);
+  void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
+  void (*silu_mul)(const SiluArgs&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#endif
+
+// The table in use, chosen by what the processor can do (library.cpp).
+const Kernels& kernels();
+
+}  // namespace kvarn

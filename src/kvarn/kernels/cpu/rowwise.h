@@ -1,0 +1,92 @@
+// The row-by-row kernels: RMS norm (with the residual added first, or not), rotary embedding with the write to the
+// cache, and SiLU times gate. All compute in float and round once, when they store.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace kvarn {
+namespace {
+
+template <class T>
+static void rms_norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(args.weight);
+  const int64_t n = args.features;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t outer = row / args.inner, inner = row % args.inner;
+    const T* x = static_cast<const T*>(args.x) + outer * args.x_outer_stride + inner * args.x_inner_stride;
+    T* residual = nullptr;
+    if (args.residual)
+      residual = static_cast<T*>(args.residual) + outer * args.residual_outer_stride + inner * args.residual_inner_stride;
+    Floats squares{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Floats v = load(x + i, n - i);
+      if (residual) {
+        store(residual + i, v + load(residual + i, n - i), n - i);
+        v = load(residual + i, n - i);  // the norm is of what was stored
+      }
+      squares += v * v;
+    }
+    float inverse = 1.f / __builtin_sqrtf(sum(squares) / (float)n + args.eps);
+    const T* from = residual ? residual : x;
+    T* out = static_cast<T*>(args.out) + row * n;
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(out + i, load(from + i, n - i) * inverse * load(weight + i, n - i), n - i);
+  }
+}
+
+// to = from rotated by the angles whose cosines and sines are given: the first half of the first `rotary` elements
+// pairs with the second half; elements behind them are copied.
+template <class T>
+KVARN_INLINE void rotate(const T* from, T* to, const float* cosines, const float* sines, int64_t rotary, int64_t dim) {
+  const int64_t half = rotary / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    int64_t count = half - i;
+    Floats a = load(from + i, count), b = load(from + half + i, count);
+    Floats c = load(cosines + i, count), s = load(sines + i, count);
+    store(to + i, a * c - b * s, count);
+    store(to + half + i, b * c + a * s, count);
+  }
+  if (to != from) memcpy(to + rotary, from + rotary, (dim - rotary) * sizeof(T));
+}
+
+template <class T>
+static void rope_and_cache_rows(const CacheArgs& args, int64_t begin, int64_t end) {
+  const int64_t dim = args.head_dim;
+  for (int64_t row = begin; row < end; ++row) {
+    const float *cosines = nullptr, *sines = nullptr;
+    if (args.cos_sin) {
+      cosines = args.cos_sin + args.positions[row] * args.rotary;
+      sines = cosines + args.rotary / 2;
+    }
+    if (args.query) {
+      T* query = static_cast<T*>(args.query) + row * args.query_row_stride;
+      for (int64_t h = 0; h < args.query_heads; ++h, query += args.query_head_stride)
+        rotate(query, query, cosines, sines, args.rotary, dim);
+    }
+    int64_t block = args.slots[row] / args.block_size, offset = args.slots[row] % args.block_size;
+    T* to = static_cast<T*>(args.kv) + block * args.block_stride + offset * dim;
+    const T* key = static_cast<const T*>(args.key) + row * args.key_row_stride;
+    const T* value = static_cast<const T*>(args.value) + row * args.value_row_stride;
+    for (int64_t h = 0; h < args.kv_heads; ++h, to += args.head_stride) {
+      rotate(key + h * args.key_head_stride, to, cosines, sines, args.rotary, dim);
+      memcpy(to + args.value_offset, value + h * args.value_head_stride, dim * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+static void silu_mul_rows(const SiluArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = args.features;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * args.row_stride;
+    T* out = static_cast<T*>(args.out) + row * n;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Floats g = load(gate + i, n - i), up = load(gate + n + i, n - i);
+      store(out + i, g / (1.f + exp2(g * -kLog2e)) * up, n - i);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvarn

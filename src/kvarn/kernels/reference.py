@@ -1,0 +1,98 @@
+"""Readable torch versions of every op in `ops.py`: what the native kernels are held to, and what runs without them.
+
+They take the same arguments, work for any floating dtype on any device, and compute in float32. They are written to
+be read: one sequence at a time, gathers instead of pointers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    block_size = slot_positions.shape[1]
+    num_heads, num_kv_heads = query.shape[1], kv.shape[2]
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    starts = query_starts.tolist()
+    for sequence, num_slots in enumerate(kv_slots.tolist()):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        if rows.start == rows.stop:
+            continue
+        slots = torch.arange(num_slots, device=kv.device)
+        blocks, offsets = block_tables[sequence].long()[slots // block_size], slots % block_size
+        key = kv[blocks, 0, :, offsets].float()  # [slots, Hkv, D]
+        value = kv[blocks, 1, :, offsets].float()
+        visible = _visible(positions[rows], slot_positions[blocks, offsets], window)  # [rows, slots]
+
+        grouped = query[rows].float().reshape(-1, num_kv_heads, num_heads // num_kv_heads, query.shape[2])
+        logits = torch.einsum("rkgd,skd->rkgs", grouped, key) * scale
+        if softcap > 0:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~visible[:, None, None, :], float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(1, num_kv_heads, -1, 1).expand(logits.shape[0], -1, -1, -1)
+            logits = torch.cat([logits, sink], dim=-1)
+        # Rows that may look at nothing have only -inf logits, whose softmax is NaN: they give zeros.
+        weights = logits.softmax(dim=-1).nan_to_num(0.0)[..., :num_slots]
+        # A slot nobody sees may hold anything, even NaN, which a weight of zero does not silence.
+        value = value.masked_fill(~visible.any(0)[:, None, None], 0.0)
+        out[rows] = torch.einsum("rkgs,skd->rkgd", weights, value).flatten(1, 2).to(out.dtype)
+    return out
+
+
+def _visible(row_positions: Tensor, slot_positions: Tensor, window: int) -> Tensor:
+    distance = row_positions[:, None] - slot_positions[None, :]
+    visible = (slot_positions >= 0)[None, :] & (distance >= 0)
+    return visible & (distance < window) if window > 0 else visible
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype).contiguous()
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    residual.copy_(x.float() + residual.float())
+    return rms_norm(residual, weight, eps)
+
+
+def rope_and_cache(
+    query: Tensor, key: Tensor, value: Tensor, cos_sin: Tensor, positions: Tensor, kv: Tensor, slots: Tensor
+) -> None:
+    angles = cos_sin[positions.long()].unsqueeze(1)  # [T, 1, R]
+    query.copy_(_rotated(query, angles))
+    write_cache(_rotated(key, angles), value, kv, slots)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    rotary = angles.shape[-1]
+    cos, sin = angles.chunk(2, dim=-1)
+    first, second = x[..., :rotary].float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([rotated.to(x.dtype), x[..., rotary:]], dim=-1)
+
+
+def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
+    block_size = kv.shape[3]
+    blocks, offsets = slots.long() // block_size, slots.long() % block_size
+    kv[blocks, 0, :, offsets] = key
+    kv[blocks, 1, :, offsets] = value
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
