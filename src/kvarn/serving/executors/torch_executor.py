@@ -64,7 +64,10 @@ class TorchExecutor:
         """Tensors of the batch, and the requests that sample, in order of their logits."""
         buffers, size = self._buffers, self.block_size
         sampling: list[Request] = []
-        row = most_blocks = 0
+        requests = len(batch.rows)
+        width = max(-(-(row.request.num_computed + row.count) // size) for row in batch.rows)
+        block_tables = buffers.block_tables[: requests * width].reshape(requests, width)
+        row = 0
         for i, scheduled in enumerate(batch.rows):
             request, count = scheduled.request, scheduled.count
             start = request.num_computed
@@ -79,20 +82,18 @@ class TorchExecutor:
                 buffers.positions[row:end] = positions
                 buffers.slots[row:end] = request.block_table[positions // size] * size + positions % size
             blocks = -(-(start + count) // size)
-            buffers.block_tables[i, :blocks] = request.block_table[:blocks]
-            most_blocks = max(most_blocks, blocks)
+            block_tables[i, :blocks] = request.block_table[:blocks]
             buffers.kv_slots[i] = start + count
             buffers.query_starts[i + 1] = end
             if scheduled.samples:
                 buffers.logit_rows[len(sampling)] = end - 1
                 sampling.append(request)
             row = end
-        requests = len(batch.rows)
         forward = ForwardBatch(
             tokens=self._tensor(buffers.tokens[:row]),
             positions=self._tensor(buffers.positions[:row]),
             slots=self._tensor(buffers.slots[:row]),
-            block_tables=self._tensor(buffers.block_tables[:requests, :most_blocks]),
+            block_tables=self._tensor(block_tables),
             kv_slots=self._tensor(buffers.kv_slots[:requests]),
             query_starts=self._tensor(buffers.query_starts[: requests + 1]),
             logit_rows=self._tensor(buffers.logit_rows[: len(sampling)]),
@@ -110,7 +111,7 @@ class _Buffers:
         self.tokens = np.zeros(max_rows, dtype=np.int64)
         self.positions = np.zeros(max_rows, dtype=np.int32)
         self.slots = np.zeros(max_rows, dtype=np.int32)
-        self.block_tables = np.zeros((max_requests, blocks_per_request), dtype=np.int32)
+        self.block_tables = np.zeros(max_requests * blocks_per_request, dtype=np.int32)
         self.kv_slots = np.zeros(max_requests, dtype=np.int32)
         self.query_starts = np.zeros(max_requests + 1, dtype=np.int32)
         self.logit_rows = np.zeros(max_requests, dtype=np.int64)

@@ -1,12 +1,12 @@
 """The block pool: every KV block is free, active or cached, and this file is the only one that says which.
 
-    FREE    nobody's; its content means nothing
-    ACTIVE  referenced by one or more requests
-    CACHED  referenced by none, kept because the prefix index knows its content; the least recently used goes first
+FREE    nobody's; its content means nothing
+ACTIVE  referenced by one or more requests
+CACHED  referenced by none, kept because the prefix index knows its content; the least recently used goes first
 
-        allocate: FREE -> ACTIVE                       (or CACHED -> ACTIVE with new content, after eviction)
-        acquire:  CACHED -> ACTIVE, ACTIVE -> ACTIVE   (one more reference to the same content)
-        release:  ACTIVE -> ACTIVE | CACHED | FREE     (one reference less)
+    allocate: FREE -> ACTIVE                       (or CACHED -> ACTIVE with new content, after eviction)
+    acquire:  CACHED -> ACTIVE, ACTIVE -> ACTIVE   (one more reference to the same content)
+    release:  ACTIVE -> ACTIVE | CACHED | FREE     (one reference less)
 """
 
 from __future__ import annotations
