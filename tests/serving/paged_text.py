@@ -41,6 +41,7 @@ class PagedTextExecutor:
         self.alive: set[str] = set()
         self.computed_tokens = 0
         self.fail_next = False
+        self.forward_seconds = 0.0
 
     @property
     def num_blocks(self) -> int:

@@ -45,8 +45,6 @@ class Counters:
     output_tokens: int = 0
     steps: int = 0
     step_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    """Part of step_seconds spent in the executor."""
 
 
 class Engine:
@@ -156,7 +154,6 @@ class Engine:
         """Run the batch. A forward pass that raises fails the requests in it, not the engine."""
         if not batch.rows:
             return []
-        started = perf_counter()
         try:
             return self.executor.execute(batch)
         except Exception as error:
@@ -165,8 +162,6 @@ class Engine:
                 self._finish(row.request, FinishReason.ERROR, error=f"the forward pass failed: {error}")
             batch.rows.clear()
             return []
-        finally:
-            self.counters.forward_seconds += perf_counter() - started
 
     def _advance(self, batch: Batch, sampled: list[SampledToken], now: float) -> None:
         """Account for what was computed and hand out the sampled tokens."""

@@ -133,7 +133,7 @@ class EngineProcess:
             output_tokens=totals.output_tokens,
             steps=totals.steps,
             step_seconds=totals.step_seconds,
-            forward_seconds=totals.forward_seconds,
+            forward_seconds=engine.executor.forward_seconds,
         )
 
 

@@ -16,6 +16,11 @@ class Executor(Protocol):
         """KV blocks that its memory holds."""
         ...
 
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds spent in the model's forward pass since start (on an asynchronous device: in launching it)."""
+        ...
+
     def add(self, request: Request) -> None:
         """Prepare per-request state (seed, penalties, grammar). Raises RequestError when it cannot be served."""
         ...

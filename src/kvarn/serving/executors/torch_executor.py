@@ -6,6 +6,8 @@ buffers that are allocated once, then handed over as one view each.
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 import torch
 
@@ -40,6 +42,7 @@ class TorchExecutor:
         self.block_size = kv.slot_positions.shape[1]
         self._flat_positions = kv.slot_positions.view(-1)
         self._device = kv.pages.device
+        self.forward_seconds = 0.0
         blocks_per_request = -(-max_context // self.block_size)
         self._buffers = _Buffers(max_rows, max_requests, blocks_per_request)
 
@@ -57,7 +60,9 @@ class TorchExecutor:
     def execute(self, batch: Batch) -> list[SampledToken]:
         forward, sampling = self._pack(batch)
         self._flat_positions[forward.slots] = forward.positions
+        started = perf_counter()
         logits = self.decoder.forward(forward, self.kv)
+        self.forward_seconds += perf_counter() - started
         return self.sampler.sample(logits, sampling) if sampling else []
 
     def _pack(self, batch: Batch) -> tuple[ForwardBatch, list[Request]]:
