@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -86,12 +86,17 @@ class Tokenizer:
         decoder = self.incremental_decoder(skip_special_tokens=skip_special_tokens)
         return decoder.push(token_ids) + decoder.flush()
 
-    def incremental_decoder(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder for one stream, starting at the beginning of a text."""
+    def incremental_decoder(
+        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> IncrementalDecoder:
+        """A decoder for one stream. `context` is what the stream goes on from (a prompt's last tokens are enough).
+
+        Without context the stream begins a text, where SentencePiece vocabularies drop a leading space.
+        """
         skipped = self.special_tokens if skip_special_tokens else frozenset()
         if self._spelling is None:
-            return _WindowDecoder(self._backend, skipped)
-        return _ByteDecoder(self.token_bytes, skipped, self._spelling.strips_leading_space)
+            return _WindowDecoder(self._backend, skipped, context)
+        return _ByteDecoder(self.token_bytes, skipped, self._spelling.strips_leading_space and not context)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for inside a text: maybe part of a character, empty for unknown ids."""
@@ -215,10 +220,10 @@ class _WindowDecoder:
     _LONGEST_CHARACTER = 4
     """Tokens that one character can take; more pending ones are invalid, not unfinished."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int], context: Sequence[int]) -> None:
         self._backend = backend
         self._skipped = skipped
-        self._context: list[int] = []
+        self._context = list(context[-2 * self._LONGEST_CHARACTER :])
         """Tokens that are out already; they only give the next ones their context."""
         self._pending: list[int] = []
 
