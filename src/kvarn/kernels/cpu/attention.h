@@ -228,6 +228,7 @@ static void load_queries(const AttentionArgs& args, const AttentionTask& task, T
 template <class T>
 static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
   using Tile = typename Tiles<T>::Tile;
+  using Scalar = typename Tile::Scalar;
   for (int64_t s = 0; s < columns; s += kLanes) {
     for (int64_t d = 0; d < t.depth; d += kLanes) {
       int64_t count = smaller(kLanes, t.depth - d);
@@ -235,9 +236,13 @@ static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) rows[i] = load_scalars<Tile>(chunk.keys[s + i] + d * Tile::kPerScalar, count);
       transpose(rows);
+      Scalar* to = t.keys + d * kChunk + s;
+      if (count == kLanes) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        if (i < count) memcpy(t.keys + (d + i) * kChunk + s, &rows[i], sizeof(Words));
+        for (int i = 0; i < kLanes; ++i) memcpy(to + i * kChunk, &rows[i], sizeof(Words));
+      } else {
+        for (int i = 0; i < count; ++i) memcpy(to + i * kChunk, &rows[i], sizeof(Words));
+      }
     }
   }
 }
@@ -246,19 +251,18 @@ static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
 template <class T>
 static void pack_values(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
   using Tile = typename Tiles<T>::Tile;
+  const int64_t dim = args.head_dim, offset = args.value_offset, width = t.width;
   if constexpr (Tile::kPerScalar == 1) {
     for (int64_t s = 0; s < columns; ++s) {
-      const T* from = chunk.keys[s] + args.value_offset;
-      for (int64_t d = 0; d < args.head_dim; d += kLanes)
-        store(t.values + s * t.width + d, load(from + d, args.head_dim - d));
+      const T* from = chunk.keys[s] + offset;
+      for (int64_t d = 0; d < dim; d += kLanes) store(t.values + s * width + d, load(from + d, dim - d));
     }
   } else {
     for (int64_t s = 0; s < columns; s += 2) {
-      const T* even = chunk.keys[s] + args.value_offset;
-      const T* odd = chunk.keys[s + 1] + args.value_offset;
-      auto* to = t.values + s / 2 * t.width;
-      for (int64_t d = 0; d < args.head_dim; d += 2 * kLanes) {
-        int64_t count = (args.head_dim - d) / 2;  // head_dim is even
+      const T *even = chunk.keys[s] + offset, *odd = chunk.keys[s + 1] + offset;
+      auto* to = t.values + s / 2 * width;
+      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+        int64_t count = (dim - d) / 2;  // dim is even
         auto a = (WideHalves)load(reinterpret_cast<const float*>(even + d), count);
         auto b = (WideHalves)load(reinterpret_cast<const float*>(odd + d), count);
         constexpr auto lanes = std::make_index_sequence<2 * kLanes>();
