@@ -1,0 +1,202 @@
+"""/v1/completions: plain continuation of one or many prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvarn.errors import RequestError
+from kvarn.serving.api.bodies import read_body
+from kvarn.serving.api.generation import Ask, Delta, Generation, Usage, new_id
+from kvarn.serving.api.logprobs import completion_logprobs
+from kvarn.serving.api.schemas import CompletionRequest
+from kvarn.serving.api.service import Service, abort_when_gone, output_limit
+from kvarn.serving.api.sse import DONE, EventStream
+from kvarn.serving.api.translate import grammar_of, sampling_params
+
+DEFAULT_MAX_TOKENS = 16
+_json = msgspec.json.Encoder()
+
+
+class Completions:
+    """The endpoint; `create` is its handler."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, request: Request) -> Response:
+        arrival = time.monotonic()
+        service = self._service
+        tenant = service.tenant(request)
+        body = await read_body(request, CompletionRequest, service.config.max_body_bytes)
+        service.check_model(body.model)
+        _refuse_unsupported(body)
+        link, ready = await service.engine()
+        prompts = await self._tokenise(body)
+        max_tokens = output_limit(max(map(len, prompts)), body.max_tokens, DEFAULT_MAX_TOKENS, ready.max_context)
+        logprobs = -1 if body.logprobs is None else body.logprobs
+        params = sampling_params(
+            body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar_of(body.response_format)
+        )
+        ask = Ask(
+            "completions",
+            prompts,
+            params,
+            n=body.n or 1,
+            stops=body.stop_strings,
+            include_stop=bool(body.include_stop_str_in_output),
+            show_special=body.skip_special_tokens is False,
+            priority=body.priority or 0,
+            tenant=tenant,
+        )
+        generation = service.generate(new_id("cmpl"), ask, link, arrival)
+        writer = _Writer(service, generation, self._echoes(body, prompts))
+        if body.stream:
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            return EventStream(generation, writer.events(include_usage=usage))
+        async with abort_when_gone(request.receive, generation):
+            with generation:
+                return await writer.whole()
+
+    async def _tokenise(self, body: CompletionRequest) -> list[list[int]]:
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            prompts = [await self._service.text.encode(prompt)]
+        elif isinstance(prompt[0], int):
+            prompts = [prompt]
+        elif isinstance(prompt[0], str):
+            prompts = [await self._service.text.encode(text) for text in prompt]
+        else:
+            prompts = prompt
+        if any(not tokens for tokens in prompts):
+            raise RequestError("the prompt is empty; send at least one token of text", field="prompt")
+        return prompts
+
+    def _echoes(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+        """What to put before each prompt's answers."""
+        if not body.echo:
+            return [""] * len(prompts)
+        if isinstance(body.prompt, str):
+            return [body.prompt]
+        return [
+            given if isinstance(given, str) else self._service.text.decode(tokens)
+            for given, tokens in zip(body.prompt, prompts, strict=False)  # a single token list is longer than its list
+        ]
+
+
+def _refuse_unsupported(body: CompletionRequest) -> None:
+    if body.suffix:
+        raise RequestError("suffix is not supported: this model only continues text; leave it out", field="suffix")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise RequestError("best_of is not supported; leave it out and use n", field="best_of")
+    if body.echo and body.logprobs is not None:
+        raise RequestError("echo together with logprobs is not supported; drop one of them", field="echo")
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer of a response that is not streamed."""
+
+    text: str
+    offset: int
+    finish_reason: str | None = None
+    logprobs: dict[str, list[Any]] = field(
+        default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    )
+
+
+class _Writer:
+    """Turns a generation's deltas into the endpoint's JSON, streamed or whole."""
+
+    def __init__(self, service: Service, generation: Generation, echoes: list[str]) -> None:
+        self._text = service.text
+        self._generation = generation
+        self._model = service.model_name
+        n = generation.ask.n
+        self._choices = [_Choice(echoes[sequence.index // n], 0) for sequence in generation.sequences]
+        for choice in self._choices:
+            choice.offset = len(choice.text)
+        self._with_logprobs = generation.ask.params.logprobs >= 0
+
+    async def whole(self) -> Response:
+        while not self._generation.done:
+            for delta in await self._generation.read():
+                choice = self._choices[delta.index]
+                choice.text += delta.text
+                choice.finish_reason = delta.finish_reason
+                for name, values in (self._logprobs(delta) or {}).items():
+                    choice.logprobs[name] += values
+        body = self._base() | {
+            "choices": [
+                {
+                    "index": index,
+                    "text": choice.text,
+                    "logprobs": choice.logprobs if self._with_logprobs else None,
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(self._choices)
+            ],
+            "usage": usage_json(self._generation.usage),
+        }
+        return Response(_json.encode(body), media_type="application/json")
+
+    async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
+        base = self._base()
+        # Every token of every stream is written by this one template: models and pydantic would cost ten times as much.
+        head = b"data: " + _json.encode(base)[:-1].replace(b"%", b"%%")
+        head += b',"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}]'
+        head += b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        while not self._generation.done:
+            events = b"".join(
+                head
+                % (
+                    delta.index,
+                    _json.encode(self._echo_once(delta.index) + delta.text),
+                    _json.encode(self._logprobs(delta)),
+                    _json.encode(delta.finish_reason),
+                )
+                for delta in await self._generation.read()
+                if delta.text or delta.finish_reason or delta.logprobs
+            )
+            if events:
+                yield events
+        if include_usage:
+            yield (
+                b"data: "
+                + _json.encode(base | {"choices": [], "usage": usage_json(self._generation.usage)})
+                + b"\n\n"
+                + DONE
+            )
+        else:
+            yield DONE
+
+    def _base(self) -> dict[str, Any]:
+        generation = self._generation
+        return {"id": generation.id, "object": "text_completion", "created": generation.created, "model": self._model}
+
+    def _echo_once(self, index: int) -> str:
+        echo, self._choices[index].text = self._choices[index].text, ""
+        return echo
+
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        choice = self._choices[delta.index]
+        tokens, logprobs = self._text.without_end(delta.tokens, delta.finish_reason), delta.logprobs
+        arrays, choice.offset = completion_logprobs(self._text, tokens, logprobs[: len(tokens)], choice.offset)
+        return arrays
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

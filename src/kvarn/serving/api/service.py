@@ -1,0 +1,169 @@
+"""What every endpoint needs, in one place: the engine, the model's text side, limits, metrics, the recorder.
+
+An endpoint goes the same way each time: `tenant`, read the body, `engine`, make tokens, `output_limit`,
+`generate`, read the generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from kvarn.errors import RequestError
+from kvarn.serving.api.auth import ApiKeys
+from kvarn.serving.api.config import ServerConfig
+from kvarn.serving.api.engine_client import EngineLink
+from kvarn.serving.api.errors import ClientGone, Unavailable
+from kvarn.serving.api.generation import Ask, Generation
+from kvarn.serving.api.limits import Admission
+from kvarn.serving.api.messages import Ready
+from kvarn.serving.api.metrics import Metrics
+from kvarn.serving.api.recorder import FinishedSequence, Recorder
+from kvarn.serving.api.supervisor import EngineSupervisor
+from kvarn.serving.api.text import ModelText
+
+
+class Service:
+    """One served model. Lives in the event loop's thread."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        text: ModelText,
+        supervisor: EngineSupervisor,
+        metrics: Metrics,
+        recorder: Recorder | None,
+    ) -> None:
+        self.config = config
+        self.text = text
+        self.supervisor = supervisor
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.draining = False
+        self._recorder = recorder
+        self._keys = ApiKeys(config.api_keys)
+        self._admission = Admission(config)
+        self._generations: set[Generation] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def model_name(self) -> str:
+        return self.config.model_name
+
+    def tenant(self, request: Request) -> str:
+        """Whose request this is. Raises RequestError (401)."""
+        return self._keys.tenant(request.headers.get("authorization"))
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError (404) unless `name` is the served model; no name means that one."""
+        if name is not None and name != self.model_name:
+            raise RequestError(
+                f"there is no model {name[:200]!r} here; this server has {self.model_name!r}",
+                field="model",
+                code="model_not_found",
+                status=404,
+            )
+
+    async def engine(self) -> tuple[EngineLink, Ready]:
+        """A ready engine, waited for if one is starting. Raises Unavailable."""
+        if self.draining:
+            raise Unavailable("the server is shutting down; send the request again to its successor", retry_after=5)
+        link = await self.supervisor.wait_ready()
+        assert link.ready is not None
+        return link, link.ready
+
+    def generate(self, id: str, ask: Ask, link: EngineLink, arrival: float) -> Generation:
+        """Admit and start; `arrival` is on `time.monotonic`. Raises RequestError, Overloaded or Unavailable."""
+        assert link.ready is not None
+        ask.params.validate(link.ready.vocab_size)
+        for prompt in ask.prompts:
+            worst = max(prompt)
+            if worst >= link.ready.vocab_size:
+                raise RequestError(
+                    f"the prompt has token {worst}; the vocabulary is 0 to {link.ready.vocab_size - 1}", field="prompt"
+                )
+        if self.draining:
+            raise Unavailable("the server is shutting down; send the request again to its successor", retry_after=5)
+        if self.supervisor.link is not link:
+            raise Unavailable("the engine is restarting; send the request again", retry_after=1)
+        self._admission.admit(link, len(ask.prompts) * ask.n, time.monotonic())
+        generation = Generation(
+            id,
+            ask,
+            link,
+            self.metrics,
+            self.text.decoder,
+            self._note_finished,
+            self._forget,
+            arrival=arrival,
+            timeout=self.config.request_timeout,
+        )
+        self._generations.add(generation)
+        self._idle.clear()
+        return generation
+
+    def _note_finished(self, sequence: FinishedSequence) -> None:
+        self._admission.note_finished(time.monotonic())
+        if self._recorder is not None:
+            self._recorder.record(sequence)
+
+    def _forget(self, generation: Generation) -> None:
+        self._generations.discard(generation)
+        if not self._generations:
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Admit nothing more; return when nothing runs, at the latest after `drain_seconds`, the rest cancelled."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(self.config.drain_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            self.abort_all()
+
+    def abort_all(self) -> None:
+        for generation in list(self._generations):
+            generation.abort(Unavailable("the server is shutting down; send the request again", retry_after=5))
+
+
+def output_limit(
+    longest_prompt: int, asked: int | None, default: int, context: int, *, field: str = "max_tokens"
+) -> int:
+    """Output tokens to allow after a prompt of so many. Raises RequestError (context_length_exceeded)."""
+    room = context - longest_prompt
+    if room < 1:
+        raise RequestError(
+            f"the prompt has {longest_prompt} tokens; the context is {context} tokens of prompt and output together",
+            field="messages" if field != "max_tokens" else "prompt",
+            code="context_length_exceeded",
+        )
+    if asked is not None and asked > room:
+        raise RequestError(
+            f"the prompt has {longest_prompt} tokens and {field} is {asked}, together {longest_prompt + asked}; "
+            f"the context is {context} tokens: shorten the prompt or ask for at most {room}",
+            field=field,
+            code="context_length_exceeded",
+        )
+    return min(default, room) if asked is None else asked
+
+
+@asynccontextmanager
+async def abort_when_gone(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """While inside, a closed connection aborts the generation at once, also when nothing is being sent."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.abort(ClientGone("the client closed the connection"))
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()

@@ -1,0 +1,71 @@
+"""Server-sent events: a response that streams a generation's events and ends it however the reading ends.
+
+The first event is awaited before the status line goes out, so a request that fails early gets a proper HTTP
+error; a later failure becomes an error event, after which the stream closes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvarn.serving.api.errors import ClientGone, ErrorAnswer, explain
+from kvarn.serving.api.generation import Generation
+from kvarn.serving.api.service import abort_when_gone
+
+_log = logging.getLogger(__name__)
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def plain_error(answer: ErrorAnswer) -> bytes:
+    """The error event of chat and plain completions."""
+    return b"data: " + answer.encoded() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends what `events` yields; each item is one or more whole events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncGenerator[bytes, None],
+        error_event: Callable[[ErrorAnswer], bytes] = plain_error,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._generation = generation
+        self._events = events
+        self._error_event = error_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with abort_when_gone(receive, self._generation), aclosing(self._events):
+            with self._generation:
+                first = await anext(self._events)
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                last = b""
+                try:
+                    await send({"type": "http.response.body", "body": first, "more_body": True})
+                    async for events in self._events:
+                        await send({"type": "http.response.body", "body": events, "more_body": True})
+                except Exception as error:
+                    self._generation.close(error)
+                    last = self._describe(error)
+            # Sent once the generation is closed: who has read the end can rely on everything being released.
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _describe(self, error: Exception) -> bytes:
+        if isinstance(error, ClientGone):
+            return b""
+        answer = explain(error)
+        if answer.status == 500:
+            _log.error("a stream broke", exc_info=error)
+        return self._error_event(answer)

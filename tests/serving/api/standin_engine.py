@@ -1,0 +1,155 @@
+"""A stand-in for the engine process: speaks the same messages, computes nothing, answers what the prompt asks for.
+
+It continues every prompt with SCRIPT's tokens, round and round, one a step, `STEP_SECONDS` apart. Its log (one line an
+event, in the file named by KVARN_STANDIN_LOG) lets tests see what the API process said. A few settings in the
+environment make it misbehave; tests that need a real model use the real engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from kvarn.serving.api.messages import (
+    Cancel,
+    EngineStats,
+    FromEngine,
+    Loading,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    TokenOutput,
+)
+from kvarn.serving.batch import TokenLogprobs
+
+STEP_SECONDS = float(os.environ.get("KVARN_STANDIN_STEP", "0.001"))
+SCRIPT: list[int] = json.loads(os.environ.get("KVARN_STANDIN_SCRIPT", "[100, 200, 300]"))
+LOG = os.environ.get("KVARN_STANDIN_LOG")
+START_FAILURE = os.environ.get("KVARN_STANDIN_START_FAILURE")
+MAX_CONTEXT = int(os.environ.get("KVARN_STANDIN_CONTEXT", "1024"))
+CACHED = 16
+EOS = 2
+"""A script may hold it: a request ends there, unless it ignores the end."""
+
+
+def log(event: str, **facts: object) -> None:
+    if LOG:
+        with Path(LOG).open("a") as file:
+            file.write(json.dumps({"event": event, "pid": os.getpid(), **facts}) + "\n")
+
+
+@dataclass
+class Running:
+    submit: Submit
+    sent: int = 0
+    deadline: float = float("inf")
+
+    def step(self) -> TokenOutput:
+        params = self.submit.params
+        token = SCRIPT[self.sent % len(SCRIPT)]
+        output = TokenOutput(self.submit.id, [token])
+        if self.sent == 0:
+            output.cached_tokens = min(CACHED, len(self.submit.prompt) // 16 * 16)
+        self.sent += 1
+        if params.logprobs >= 0:
+            output.logprobs = [TokenLogprobs(-0.5, [(token + 1 + i, -1.0 - i) for i in range(params.logprobs)])]
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+        if token in ends and self.sent > params.min_tokens:
+            output.finish_reason = "stop"
+        elif self.sent >= params.max_tokens:
+            output.finish_reason = "length"
+        elif time.monotonic() > self.deadline:
+            output.finish_reason = "deadline"
+        return output
+
+
+class StandIn:
+    def __init__(self, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
+        self.inbox = inbox
+        self.outbox = outbox
+        self.running: dict[str, Running] = {}
+        self.decoder = msgspec.msgpack.Decoder(ToEngine)
+        self.alive = True
+        self.output_tokens = 0
+
+    def send(self, message: FromEngine) -> None:
+        self.outbox.send(msgspec.msgpack.encode(message))
+
+    def handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                facts = msgspec.structs.asdict(message)
+                log("submit", **msgspec.to_builtins(facts, str_keys=True))
+                if message.params.grammar is not None and "impossible" in message.params.grammar.source:
+                    refusal = TokenOutput(
+                        message.id, [], "error", error="no such grammar", error_field="response_format"
+                    )
+                    self.send(StepOutputs([refusal]))
+                else:
+                    self.running[message.id] = Running(message, deadline=time.monotonic() + message.timeout)
+            case Cancel():
+                log("cancel", id=message.id)
+                self.running.pop(message.id, None)
+            case Shutdown():
+                log("shutdown")
+                self.alive = False
+
+    def serve(self) -> None:
+        while self.alive:
+            if not self.running:
+                self.inbox.poll(1000)
+            while self.inbox.poll(0):
+                self.handle(self.decoder.decode(self.inbox.recv()))
+            outputs = [request.step() for request in self.running.values()]
+            self.output_tokens += len(outputs)
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self.running[output.id]
+            if outputs:
+                stats = EngineStats(running=len(self.running), blocks_free=7, output_tokens=self.output_tokens)
+                self.send(StepOutputs(outputs, stats))
+                time.sleep(STEP_SECONDS)
+
+
+def end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("--to-engine", "--from-engine", "--config"):
+        parser.add_argument(name, required=True)
+    arguments = parser.parse_args()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(arguments.to_engine)
+    outbox.connect(arguments.from_engine)
+    standin = StandIn(inbox, outbox)
+    log("start", config=json.loads(arguments.config))
+    standin.send(Loading("warming up", 0.5))
+    if START_FAILURE:
+        standin.send(StartFailed(START_FAILURE))
+        context.destroy(linger=1000)
+        return 2
+    standin.send(Ready(MAX_CONTEXT, 49152, 64, 16, "nowhere", "none", 0.0))
+    standin.serve()
+    context.destroy(linger=1000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
