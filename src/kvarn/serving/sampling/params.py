@@ -55,14 +55,18 @@ class SamplingParams(msgspec.Struct, frozen=True):
             raise RequestError(
                 f"min_tokens is {self.min_tokens}; expected 0 to max_tokens ({self.max_tokens})", field="min_tokens"
             )
-        if not 0 <= self.top_k:
+        if not self.top_k >= 0:
             raise RequestError(f"top_k is {self.top_k}; expected 0 (off) or more", field="top_k")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", field="logit_bias")
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", field="logit_bias"
+            )
         for field, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:
                 if not 0 <= token < vocab_size:
-                    raise RequestError(f"{field} names token {token}; the vocabulary is 0 to {vocab_size - 1}", field=field)
+                    raise RequestError(
+                        f"{field} names token {token}; the vocabulary is 0 to {vocab_size - 1}", field=field
+                    )
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias of token {token} is {bias}; expected -100 to 100", field="logit_bias")
