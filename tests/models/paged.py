@@ -23,8 +23,8 @@ class PagedRunner:
         self.blocks: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
 
-    def step(self, chunks: dict[int, list[int]], every_row: bool = False) -> torch.Tensor:
-        """Compute the next tokens of each sequence; logits of each one's last row, or of every row."""
+    def step(self, chunks: dict[int, list[int]], every_row: bool = False, no_rows: bool = False) -> torch.Tensor:
+        """Compute the next tokens of each sequence; logits of each one's last row, of every row, or of none."""
         tokens, positions, slots, starts, last = [], [], [], [0], []
         for sequence, chunk in chunks.items():
             begin = self.computed.get(sequence, 0)
@@ -50,7 +50,7 @@ class PagedRunner:
                 block_tables=torch.tensor(table, dtype=torch.int32),
                 kv_slots=torch.tensor([self.computed[sequence] for sequence in chunks], dtype=torch.int32),
                 query_starts=torch.tensor(starts, dtype=torch.int32),
-                logit_rows=torch.arange(len(tokens)) if every_row else torch.tensor(last),
+                logit_rows=torch.arange(len(tokens)) if every_row else torch.tensor([] if no_rows else last).long(),
             ),
             self.kv,
         )
