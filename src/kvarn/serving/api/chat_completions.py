@@ -14,7 +14,7 @@ from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.completions import usage_json
 from kvarn.serving.api.generation import Ask, Delta, Generation, new_id
 from kvarn.serving.api.logprobs import chat_logprobs
-from kvarn.serving.api.schemas import ChatRequest
+from kvarn.serving.api.schemas import ChatRequest, messages_json
 from kvarn.serving.api.service import Service, abort_when_gone, output_limit
 from kvarn.serving.api.sse import DONE, EventStream
 from kvarn.serving.api.tools import AnswerParser, CallPiece, TextPiece, ToolPlan
@@ -37,8 +37,9 @@ class ChatCompletions:
         service.check_model(body.model)
         link, ready = await service.engine()
         plan = ToolPlan.of_chat(body)
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        prompt = await service.text.encode_chat(messages, plan.offered, body.chat_template_kwargs or {})
+        prompt = await service.text.encode_chat(
+            messages_json(body.messages), plan.offered, body.chat_template_kwargs or {}
+        )
         field, asked = ("max_completion_tokens", body.max_completion_tokens)
         if asked is None:
             field, asked = "max_tokens", body.max_tokens
@@ -56,7 +57,7 @@ class ChatCompletions:
             priority=body.priority or 0,
             tenant=tenant,
         )
-        generation = service.generate(new_id("chatcmpl"), ask, link, arrival)
+        generation = service.generate(new_id("chatcmpl-"), ask, link, arrival)
         writer = _Writer(service, generation, plan)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)

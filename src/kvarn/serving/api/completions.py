@@ -55,7 +55,7 @@ class Completions:
             priority=body.priority or 0,
             tenant=tenant,
         )
-        generation = service.generate(new_id("cmpl"), ask, link, arrival)
+        generation = service.generate(new_id("cmpl-"), ask, link, arrival)
         writer = _Writer(service, generation, self._echoes(body, prompts))
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -71,6 +70,8 @@ class ErrorAnswer:
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 413:
+            headers["connection"] = "close"  # the rest of the body is not read
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return Response(self.encoded(), self.status, headers, media_type="application/json")
@@ -98,8 +99,6 @@ def explain(error: BaseException) -> ErrorAnswer:
             return ErrorAnswer(504, str(error), "timeout_error", code="request_timeout")
         case GenerationFailed():
             return ErrorAnswer(500, str(error), "server_error", code="generation_failed")
-        case ValidationError():
-            return _explain_validation(error)
         case HTTPException():
             return _explain_http(error)
         case KvarnError():
@@ -108,20 +107,6 @@ def explain(error: BaseException) -> ErrorAnswer:
             return ErrorAnswer(
                 500, "the server failed on this request; its log says why", "server_error", code="internal_error"
             )
-
-
-def _explain_validation(error: ValidationError) -> ErrorAnswer:
-    """The deepest problem pydantic found: for a union that is the branch the client most likely meant."""
-    first = max(error.errors(include_url=False, include_input=False), key=lambda item: len(item["loc"]))
-    if first["type"] == "json_invalid":
-        return ErrorAnswer(
-            400, f"the request body is not valid JSON: {first['msg']}", "invalid_request_error", code="invalid_json"
-        )
-    # Union branches and type names appear in `loc` beside field names: keep what a client would recognise.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    param = ".".join(path) or None
-    where = f"{param}: " if param else ""
-    return ErrorAnswer(400, f"{where}{first['msg']}", "invalid_request_error", param, "invalid_value")
 
 
 def _explain_http(error: HTTPException) -> ErrorAnswer:

@@ -255,7 +255,7 @@ class Generation:
 
 def new_id(prefix: str) -> str:
     """An id such as "chatcmpl-4f…", unique among all servers."""
-    return f"{prefix}-{uuid4().hex}"
+    return prefix + uuid4().hex
 
 
 def _params_of(params: SamplingParams, choice: int) -> SamplingParams:

@@ -234,3 +234,13 @@ class ResponsesRequest(Body):
     user: str | None = None
     store: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+
+def messages_json(messages: list[Message] | None) -> list[JsonObject]:
+    """Messages as chat templates read them."""
+    return [message.model_dump(exclude_none=True) for message in messages or ()]
+
+
+def tools_json(tools: list[Tool] | None) -> list[JsonObject]:
+    """Tools as chat templates read them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools or ()]

@@ -42,6 +42,8 @@ class ModelText:
         `variables` reach the template; those that would replace its own are left out.
         """
         variables = {name: value for name, value in variables.items() if name not in _RESERVED}
+        # "developer" is the newer name of "system"; no template of the models at hand knows it.
+        messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
         prompt = self._template.render(messages, tools or None, **variables)
         return await self.encode(prompt, add_special_tokens=False)
 

@@ -20,7 +20,7 @@ from kvarn.models.tool_parsers import (
     tool_parser,
 )
 from kvarn.serving.api.generation import Delta
-from kvarn.serving.api.schemas import ChatRequest
+from kvarn.serving.api.schemas import ChatRequest, tools_json
 from kvarn.serving.api.text import ModelText
 from kvarn.serving.sampling.params import Grammar
 
@@ -53,10 +53,11 @@ class ToolPlan:
 
     @classmethod
     def of_chat(cls, body: ChatRequest) -> Self:
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         choice = body.tool_choice
         only = None if choice is None or isinstance(choice, str) else choice.function.name
-        return cls.make(tools, choice if isinstance(choice, str) else None, only, body.parallel_tool_calls)
+        return cls.make(
+            tools_json(body.tools), choice if isinstance(choice, str) else None, only, body.parallel_tool_calls
+        )
 
     @classmethod
     def make(cls, tools: list[dict[str, Any]], mode: str | None, only: str | None, parallel: bool | None) -> Self:
