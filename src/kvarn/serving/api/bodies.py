@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -58,13 +58,25 @@ def _explained(error: ValidationError, body: bytes) -> RequestError:
     return RequestError(f"{field or 'body'}: {'; or: '.join(messages)}", field=field, code="invalid_value")
 
 
-def _place(sent: object, loc: tuple[int | str, ...], *, missing: bool) -> list[int | str]:
+def _place(sent: Any, loc: tuple[int | str, ...], *, missing: bool) -> list[int | str]:
     """The part of pydantic's path that the client would recognise: not the names of a union's branches."""
     place: list[int | str] = []
     for number, part in enumerate(loc):
-        if (isinstance(sent, dict) and part in sent) or (isinstance(sent, list) and isinstance(part, int) and part < len(sent)):
+        if _has(sent, part):
             sent = sent[part]
         elif not (missing and number == len(loc) - 1):
             continue
         place.append(part)
     return place
+
+
+def _has(sent: Any, part: int | str) -> bool:
+    if isinstance(sent, list):
+        return isinstance(part, int) and part < len(sent)
+    return isinstance(sent, dict) and part in sent
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
+        f"the request body is larger than {limit} bytes, the most this server takes", code="body_too_large", status=413
+    )
