@@ -139,7 +139,7 @@ def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", REJECTED)
 def test_models_that_paged_attention_cannot_serve_are_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     files = save_model(REJECTED[family](), tmp_path)
-    with pytest.raises(ModelError, match="paged|plain causal"):
+    with pytest.raises(ModelError, match=r"paged|plain causal"):
         load_decoder(files, dtype="float32")
 
 

@@ -1,7 +1,8 @@
 """GGUF file -> Hugging Face folder, once: config.json, safetensors, tokenizer.json, tokenizer_config.json.
 
-Tensors kept as float32 or float16 in the file stay so. Quantised tensors are stored as bfloat16: its rounding (2^-9 of
-each weight) is far below the error that quantising to 8 or fewer bits left, and half the bytes of float32.
+Tensors kept as float32 in the file stay so. Quantised ones are stored as float16: half the bytes of float32, and its
+rounding (2^-12 of a weight) is lost in the error that quantising to 8 or fewer bits left. Tensors that were bfloat16, or
+leave float16's range, are stored as bfloat16.
 Llama, Mistral, Qwen2 and Qwen3 are converted here, in seconds; other architectures through transformers' loader.
 """
 
@@ -49,7 +50,7 @@ _LAYER_NAMES: Final = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS: Final = "rope_freqs.weight"
-_FLOAT32, _FLOAT16 = 0, 1  # GGMLQuantizationType
+_FLOAT32, _BFLOAT16 = 0, 30  # GGMLQuantizationType
 
 
 def convert(source: Path, target: Path, *, progress: Progress | None = None) -> None:
@@ -111,7 +112,7 @@ def _config(file: GGUFFile) -> dict[str, Any] | None:
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "rope_parameters": _rope(file, arch, head_dim),
             "attention_bias": "blk.0.attn_output.bias" in file.tensors,
-            "torch_dtype": "bfloat16",
+            "dtype": "bfloat16",
             **{key: value for key, value in _generation_config(meta).items() if value is not None},
         }
     except KeyError as missing:
@@ -203,8 +204,13 @@ def _tensor(file: GGUFFile, name: str, config: dict[str, Any]) -> torch.Tensor:
         values = _unpermute(values, config["num_attention_heads"])
     elif config["model_type"] == "llama" and ".attn_k." in name:
         values = _unpermute(values, config["num_key_value_heads"])
-    dtype = {_FLOAT32: torch.float32, _FLOAT16: torch.float16}.get(file.tensors[name].kind, torch.bfloat16)
-    return torch.from_numpy(values).to(dtype).contiguous()
+    tensor = torch.from_numpy(values)
+    kind = file.tensors[name].kind
+    if kind == _FLOAT32:
+        return tensor
+    if kind == _BFLOAT16 or float(tensor.abs().max()) > torch.finfo(torch.float16).max:
+        return tensor.bfloat16()
+    return tensor.half()
 
 
 def _unpermute(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
