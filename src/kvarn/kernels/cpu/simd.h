@@ -92,9 +92,19 @@ KVARN_INLINE void store(T* p, Floats v, int64_t count) {
 KVARN_INLINE Floats vmax(Floats a, Floats b) { return a > b ? a : b; }
 KVARN_INLINE Floats vmin(Floats a, Floats b) { return a < b ? a : b; }
 
+// Lane k of the result is lane I[k] of a and b laid end to end. `Lanes` has the width of V's elements.
+template <class Lanes, size_t... I, class V>
+KVARN_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Lanes{I...});  // the other spelling came with GCC 12
+#endif
+}
+
 template <int Step, size_t... I>
 KVARN_INLINE Floats swap_halves(Floats v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ Step)...);
+  return shuffle<Words, (I ^ Step)...>(v, v);
 }
 template <int Step = kLanes / 2>
 KVARN_INLINE float sum(Floats v) {
@@ -136,8 +146,8 @@ KVARN_INLINE Floats tanh(Floats x) {
 // One stage of a transpose: of rows a and b, swap b's lanes without bit `Step` with a's lanes with it.
 template <int Step, size_t... I>
 KVARN_INLINE void exchange(Words& a, Words& b, std::index_sequence<I...>) {
-  Words low = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + (I ^ Step) : I)...);
-  Words high = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + I : (I ^ Step))...);
+  Words low = shuffle<Words, ((I & Step) ? kLanes + (I ^ Step) : I)...>(a, b);
+  Words high = shuffle<Words, ((I & Step) ? kLanes + I : (I ^ Step))...>(a, b);
   a = low;
   b = high;
 }
@@ -152,7 +162,7 @@ KVARN_INLINE void transpose(Words (&rows)[kLanes]) {
 // a0 b0 a1 b1 ...: of two rows of 2 * kLanes halves, the first (Offset 0) or second (Offset kLanes) half interleaved.
 template <int Offset, size_t... I>
 KVARN_INLINE WideHalves interleave(WideHalves a, WideHalves b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (Offset + I / 2 + (I % 2) * 2 * kLanes)...);
+  return shuffle<WideHalves, (Offset + I / 2 + (I % 2) * 2 * kLanes)...>(a, b);
 }
 
 }  // namespace

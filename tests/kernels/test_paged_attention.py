@@ -1,0 +1,128 @@
+"""Paged attention: the reference is held to torch's own attention, every native version to the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from kvarn.kernels import ops, reference
+from tests.kernels.paged import PagedCase, Sequence, make_case, paged_cases
+
+TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-4}, torch.bfloat16: {"atol": 1e-2, "rtol": 2e-2}}
+per_variant = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def dense_case(rows: int, slots: int, dtype: torch.dtype = torch.float32) -> PagedCase:
+    """One sequence of `slots` tokens, its last `rows` of them query rows."""
+    case = make_case(
+        [Sequence(slots, rows)],
+        dtype=dtype, kv_heads=2, group=3, head_dim=64, block_size=16, holes=0.0, permuted=False, fused=True, seed=rows,
+        options={},
+    )  # fmt: skip
+    case.tensors["positions"] = torch.arange(slots - rows, slots, dtype=torch.int32)
+    return case
+
+
+def assert_like_reference(case: PagedCase) -> None:
+    expected = case.run(reference.paged_attention, torch.float32)
+    got = case.run(ops.paged_attention)
+    assert got.dtype == case.tensors["query"].dtype
+    torch.testing.assert_close(got.float(), expected, **TOLERANCE[got.dtype])
+
+
+@given(case=paged_cases())
+@per_variant
+def test_native_equals_reference(variant: str, case: PagedCase) -> None:
+    """Whatever the shapes, strides, dtype, holes, order of slots, window, cap and sinks."""
+    assert_like_reference(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "slots"), [(1, 5000), (7, 3000), (300, 900)])
+def test_long_sequences_split_over_threads_equal_reference(
+    variant: str, dtype: torch.dtype, rows: int, slots: int
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert_like_reference(dense_case(rows, slots, dtype))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 40])
+def test_reference_equals_torch_attention_on_dense_causal_sequences(rows: int) -> None:
+    slots = 40
+    case = dense_case(rows, slots)
+    blocks = case.tensors["block_tables"][0, : (slots + 15) // 16].long()
+    key, value = case.tensors["kv"][blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :slots]
+    mask = torch.ones(slots, slots, dtype=torch.bool).tril()[-rows:]
+    query = case.tensors["query"].transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, scale=case.scale, enable_gqa=True
+    )
+    torch.testing.assert_close(case.run(reference.paged_attention), expected[0].transpose(0, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_computed_together_equal_rows_computed_one_by_one(variant: str) -> None:
+    case = dense_case(20, 100)
+    together = case.run(ops.paged_attention)
+    for row in range(20):
+        alone = case.tensors | {
+            "query": case.tensors["query"][row : row + 1],
+            "positions": case.tensors["positions"][row : row + 1],
+            "query_starts": torch.tensor([0, 1], dtype=torch.int32),
+        }
+        torch.testing.assert_close(PagedCase(alone, case.scale).run(ops.paged_attention)[0], together[row])
+
+
+def test_row_that_may_look_at_nothing_gives_zeros(variant: str) -> None:
+    case = dense_case(3, 40)
+    case.tensors["slot_positions"].fill_(-1)
+    for options in ({}, {"sinks": torch.zeros(6)}, {"window": 4}):
+        case.options = options
+        assert case.run(ops.paged_attention).eq(0).all()
+        assert case.run(reference.paged_attention).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_nobody_may_see_do_not_leak_even_when_they_hold_nan(variant: str, dtype: torch.dtype) -> None:
+    case = dense_case(4, 70, dtype)
+    case.tensors["positions"] -= 20  # the last 20 slots lie in the future of every row
+    clean = case.run(ops.paged_attention)
+    kv, positions = case.tensors["kv"], case.tensors["slot_positions"]
+    hidden = (positions < 0) | (positions > int(case.tensors["positions"].max()))
+    kv[hidden[:, None, None, :].expand(kv.shape[:-1])] = float("nan")
+    assert torch.equal(case.run(ops.paged_attention), clean)
+    torch.testing.assert_close(case.run(reference.paged_attention), clean, **TOLERANCE[dtype])
+
+
+def test_large_logits_do_not_overflow(variant: str) -> None:
+    case = dense_case(5, 90)
+    case.tensors["query"] = case.tensors["query"] * 1e4
+    assert_like_reference(case)
+
+
+@pytest.mark.parametrize(
+    ("argument", "replacement", "message"),
+    [
+        ("query", torch.zeros(4, 6, 60), "head dimension"),
+        ("query", torch.zeros(4, 5, 64), "multiple of the kv heads"),
+        ("query", torch.zeros(4, 6, 64, dtype=torch.float64), "KVARN_KERNELS=reference"),
+        ("query", torch.zeros(4, 6, 64, dtype=torch.bfloat16), "dtype of query"),
+        ("positions", torch.zeros(4, dtype=torch.int64), "int32"),
+        ("positions", torch.zeros(3, dtype=torch.int32), "query rows"),
+        ("kv_slots", torch.tensor([4000], dtype=torch.int32), "got 4000 for sequence 0"),
+        ("block_tables", torch.full((1, 5), 99, dtype=torch.int32), "got 99 for sequence 0"),
+        ("block_tables", torch.full((1, 5), -1, dtype=torch.int32), "got -1 for sequence 0"),
+        ("query_starts", torch.tensor([0, 3], dtype=torch.int32), "rising from 0"),
+    ],
+)
+def test_wrong_arguments_are_named(argument: str, replacement: torch.Tensor, message: str) -> None:
+    case = dense_case(4, 60)
+    case.tensors[argument] = replacement
+    with pytest.raises(RuntimeError, match=message):
+        case.run(ops.paged_attention)

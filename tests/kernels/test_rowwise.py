@@ -1,0 +1,127 @@
+"""Norms, rotary embedding with cache write, SiLU: every native version held to the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvarn.kernels import ops, reference
+
+TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 1e-2, "rtol": 1e-2}}
+per_variant = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+seeds = st.integers(0, 2**31)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, **TOLERANCE[expected.dtype])
+
+
+leading = st.one_of(st.just(()), st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 9), st.integers(1, 5)))
+
+
+@given(leading=leading, features=st.integers(1, 700), dtype=dtypes, seed=seeds, strided=st.booleans())
+@per_variant
+def test_rms_norm_equals_reference(
+    variant: str, leading: tuple[int, ...], features: int, dtype: torch.dtype, seed: int, strided: bool
+) -> None:
+    x = random(*leading, features + 3 * strided, dtype=dtype, seed=seed)[..., :features]
+    weight = random(features, dtype=dtype, seed=seed + 1)
+    got = ops.rms_norm(x, weight, 1e-5)
+    assert got.is_contiguous()
+    assert_close(got, reference.rms_norm(x, weight, 1e-5))
+
+
+@given(leading=leading, features=st.integers(1, 700), dtype=dtypes, seed=seeds)
+@per_variant
+def test_add_rms_norm_adds_to_the_residual_and_norms_it(
+    variant: str, leading: tuple[int, ...], features: int, dtype: torch.dtype, seed: int
+) -> None:
+    x = random(*leading, features, dtype=dtype, seed=seed)
+    wide = random(*leading, features + 5, dtype=dtype, seed=seed + 1)
+    native, plain = wide.clone()[..., :features], wide.clone()[..., :features]
+    weight = random(features, dtype=dtype, seed=seed + 2)
+    assert_close(ops.add_rms_norm(x, native, weight, 1e-6), reference.add_rms_norm(x, plain, weight, 1e-6))
+    assert torch.equal(native, plain)
+
+
+@given(rows=st.integers(0, 40), features=st.integers(1, 700), dtype=dtypes, seed=seeds)
+@per_variant
+def test_silu_mul_equals_reference(variant: str, rows: int, features: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up = random(rows, 2 * features + 3, dtype=dtype, seed=seed)[:, : 2 * features] * 8
+    assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+def test_silu_mul_of_extreme_gates(variant: str) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e30]])
+    gate_up = torch.cat([gate, torch.ones_like(gate)], dim=1)
+    assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+@given(
+    rows=st.integers(0, 20), kv_heads=st.integers(1, 4), group=st.integers(1, 4), eighths=st.integers(1, 32),
+    share=st.sampled_from([1.0, 0.5, 0.25]), block_size=st.integers(1, 20), dtype=dtypes, seed=seeds,
+    heads_first=st.booleans(),
+)  # fmt: skip
+@per_variant
+def test_rope_and_cache_equals_reference(
+    variant: str, rows: int, kv_heads: int, group: int, eighths: int, share: float, block_size: int,
+    dtype: torch.dtype, seed: int, heads_first: bool,
+) -> None:  # fmt: skip
+    dim, heads = 8 * eighths, kv_heads * group
+    g = torch.Generator().manual_seed(seed)
+    if heads_first:
+        qkv = random(heads + 2 * kv_heads, rows, dim, dtype=dtype, seed=seed).transpose(0, 1)
+    else:
+        qkv = random(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=seed).unflatten(1, (-1, dim))
+    num_blocks = rows // block_size + 2
+    pages = random(num_blocks, 2, 2, kv_heads, block_size, dim, dtype=dtype, seed=seed + 1)
+    angles = torch.rand(30, max(2, int(dim * share) // 2 * 2) // 2, generator=g) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    positions = torch.randint(0, 30, (rows,), generator=g, dtype=torch.int32)
+    slots = torch.randperm(num_blocks * block_size, generator=g)[:rows].int()
+
+    def run(kernels: object) -> tuple[torch.Tensor, torch.Tensor]:
+        mine, kv = qkv.clone(), pages.clone()
+        query, key, value = mine.split([heads, kv_heads, kv_heads], dim=1)
+        kernels.rope_and_cache(query, key, value, cos_sin, positions, kv[:, 1], slots)  # type: ignore[attr-defined]
+        return mine, kv
+
+    for got, expected in zip(run(ops), run(reference), strict=True):
+        assert_close(got, expected)
+
+
+@given(rows=st.integers(0, 20), block_size=st.integers(1, 20), dtype=dtypes, seed=seeds)
+@per_variant
+def test_write_cache_stores_rows_as_they_are(
+    variant: str, rows: int, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    num_blocks = rows // block_size + 2
+    key, value = (random(3, rows, 24, dtype=dtype, seed=seed + i).transpose(0, 1) for i in range(2))
+    pages = torch.zeros(num_blocks, 2, 2, 3, block_size, 24, dtype=dtype)
+    slots = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(seed))[:rows].int()
+    ops.write_cache(key, value, pages[:, 1], slots)
+    flat = pages[:, 1].permute(1, 0, 3, 2, 4).flatten(1, 2)  # [2, slots, heads, dim]
+    assert torch.equal(flat[0, slots.long()], key)
+    assert torch.equal(flat[1, slots.long()], value)
+    assert int(flat.ne(0).any(-1).any(-1).sum()) == 2 * rows
+    assert pages[:, 0].eq(0).all()
+
+
+def test_slots_and_positions_out_of_range_are_refused() -> None:
+    key = torch.zeros(1, 2, 8)
+    kv, cos_sin = torch.zeros(4, 2, 2, 16, 8), torch.zeros(10, 8)
+    for slot, position, message in (
+        (64, 0, r"slots in \[0, 64\)"),
+        (-1, 0, "got -1"),
+        (0, 10, r"positions in \[0, 10\)"),
+    ):
+        slots, positions = torch.tensor([slot], dtype=torch.int32), torch.tensor([position], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match=message):
+            ops.rope_and_cache(key.clone(), key, key, cos_sin, positions, kv, slots)
