@@ -1,8 +1,8 @@
-"""A stand-in for the engine process: speaks the same messages, computes nothing, answers what the prompt asks for.
+"""A stand-in for the engine process: speaks the same messages, computes nothing, says back what it was told.
 
-It continues every prompt with SCRIPT's tokens, round and round, one a step, `STEP_SECONDS` apart. Its log (one line an
-event, in the file named by KVARN_STANDIN_LOG) lets tests see what the API process said. A few settings in the
-environment make it misbehave; tests that need a real model use the real engine.
+A conversation is answered with its last message, a plain prompt with itself, one token a step; then comes the end of
+the text, unless the request ignores it: then it goes round and round. Its log (a JSON line an event, in the file named
+by KVARN_STANDIN_LOG) shows tests what the API process said to it. Tests that need a model use the real engine.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from kvarn.serving.api.messages import (
 from kvarn.serving.batch import TokenLogprobs
 
 STEP_SECONDS = float(os.environ.get("KVARN_STANDIN_STEP", "0.001"))
-SCRIPT: list[int] = json.loads(os.environ.get("KVARN_STANDIN_SCRIPT", "[100, 200, 300]"))
 LOG = os.environ.get("KVARN_STANDIN_LOG")
 START_FAILURE = os.environ.get("KVARN_STANDIN_START_FAILURE")
 MAX_CONTEXT = int(os.environ.get("KVARN_STANDIN_CONTEXT", "1024"))
 CACHED = 16
-EOS = 2
-"""A script may hold it: a request ends there, unless it ignores the end."""
+"""Prompt tokens that every prompt of so many claims to have found in the cache."""
+START, END = 1, 2
+"""SmolLM2's marks around a message; END also ends a text."""
 
 
 def log(event: str, **facts: object) -> None:
@@ -50,22 +50,32 @@ def log(event: str, **facts: object) -> None:
             file.write(json.dumps({"event": event, "pid": os.getpid(), **facts}) + "\n")
 
 
+def script(prompt: list[int]) -> list[int]:
+    """The tokens to answer with."""
+    if START not in prompt:
+        return [*prompt, END]
+    end = len(prompt) - 1 - prompt[::-1].index(END)
+    start = end - 1 - prompt[:end][::-1].index(START)
+    return prompt[start + 3 : end + 1]  # without the mark, the role and the line's end
+
+
 @dataclass
 class Running:
     submit: Submit
+    script: list[int]
+    deadline: float
     sent: int = 0
-    deadline: float = float("inf")
 
     def step(self) -> TokenOutput:
         params = self.submit.params
-        token = SCRIPT[self.sent % len(SCRIPT)]
+        token = self.script[self.sent % len(self.script)]
         output = TokenOutput(self.submit.id, [token])
         if self.sent == 0:
             output.cached_tokens = min(CACHED, len(self.submit.prompt) // 16 * 16)
         self.sent += 1
         if params.logprobs >= 0:
             output.logprobs = [TokenLogprobs(-0.5, [(token + 1 + i, -1.0 - i) for i in range(params.logprobs)])]
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else (END,))}
         if token in ends and self.sent > params.min_tokens:
             output.finish_reason = "stop"
         elif self.sent >= params.max_tokens:
@@ -98,7 +108,7 @@ class StandIn:
                     )
                     self.send(StepOutputs([refusal]))
                 else:
-                    self.running[message.id] = Running(message, deadline=time.monotonic() + message.timeout)
+                    self.running[message.id] = Running(message, script(message.prompt), time.monotonic() + message.timeout)
             case Cancel():
                 log("cancel", id=message.id)
                 self.running.pop(message.id, None)

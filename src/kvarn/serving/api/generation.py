@@ -181,8 +181,9 @@ class Generation:
             del self._running[sequence.id]
             raise _failure(output)
         if output.tokens:
+            if not sequence.tokens:
+                sequence.cached_tokens = output.cached_tokens
             self._note_times(sequence, len(output.tokens), now)
-            sequence.cached_tokens = output.cached_tokens
         for position, token in enumerate(output.tokens):
             sequence.tokens.append(token)
             sequence.times.append(now)
