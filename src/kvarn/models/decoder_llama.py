@@ -29,13 +29,8 @@ def supports(config: dict[str, Any]) -> bool:
         (config.get("architectures") or [None])[0] in ARCHITECTURES
         and config.get("hidden_act", "silu") == "silu"
         and rope_parameters(config)["rope_type"] in SCALINGS
-        and head_dim(config) % 8 == 0
         and "quantization_config" not in config
     )
-
-
-def head_dim(config: dict[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 @dataclass(slots=True)

@@ -162,8 +162,9 @@ def _load_model(files: ModelFiles, dtype: torch.dtype) -> Any:
     load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
     try:
         model, report = load(
-            files.folder, dtype=dtype, attn_implementation=_ATTENTION, local_files_only=True, output_loading_info=True
-        )
+            files.folder, dtype=dtype, attn_implementation=_ATTENTION, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )  # fmt: skip
     except Exception as error:  # from KeyError to bare Exception, by model family
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if _ATTENTION in reason:  # the model looks its attention up in a table of its own

@@ -1,8 +1,8 @@
 """GGUF file -> Hugging Face folder, once: config.json, safetensors, tokenizer.json, tokenizer_config.json.
 
 Tensors kept as float32 in the file stay so. Quantised ones are stored as float16: half the bytes of float32, and its
-rounding (2^-12 of a weight) is lost in the error that quantising to 8 or fewer bits left. Tensors that were bfloat16, or
-leave float16's range, are stored as bfloat16.
+rounding (2^-12 of a weight) is lost in the error that quantising to 8 or fewer bits left. Tensors that were bfloat16,
+or leave float16's range, are stored as bfloat16.
 Llama, Mistral, Qwen2 and Qwen3 are converted here, in seconds; other architectures through transformers' loader.
 """
 
@@ -59,7 +59,15 @@ def convert(source: Path, target: Path, *, progress: Progress | None = None) -> 
     Raises ModelError for a file that cannot be read or an architecture that nobody here knows.
     """
     file = GGUFFile(source)
-    report = progress or (lambda stage, fraction: None)
+    try:
+        _convert(file, target, progress or (lambda stage, fraction: None))
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(
+            f"{source} contradicts itself ({type(error).__name__}: {error}); it is corrupt, download it again"
+        ) from error
+
+
+def _convert(file: GGUFFile, target: Path, report: Progress) -> None:
     report("converting the tokenizer", 0.0)
     write_tokenizer(file, target)
     _write_json(target / "generation_config.json", _generation_config(file.metadata))

@@ -32,7 +32,7 @@ def write_tokenizer(file: GGUFFile, target: Path) -> None:
         raise ModelError(f"{file.path} holds no tokenizer (tokenizer.ggml.tokens); it is not a complete model")
     splitter = _pre_tokenizer(meta.get("tokenizer.ggml.pre", "default"))
     if meta.get("tokenizer.ggml.model") == "gpt2" and splitter is not None and "tokenizer.ggml.merges" in meta:
-        _byte_level(meta, splitter).save(str(target / "tokenizer.json"), pretty=False)
+        (target / "tokenizer.json").write_text(_byte_level(meta, splitter).to_str(), encoding="utf-8")
     else:
         _write_with_transformers(file, target)
     config_path = target / "tokenizer_config.json"

@@ -37,10 +37,8 @@ def load_decoder(
     torch_dtype = _dtype(dtype, target)
     weights = Weights(files.folder)
     _check_memory(weights, torch_dtype, target)
-    decoder: Decoder
-    if decoder_llama.supports(config):
-        decoder = decoder_llama.LlamaDecoder(llama_spec(files, config, torch_dtype), config, weights, target)
-    else:
+    decoder = _fused(files, config, torch_dtype, weights, target)
+    if decoder is None:
         from kvarn.models.decoder_transformers import TransformersDecoder
 
         decoder = TransformersDecoder.load(files, config, torch_dtype, target)
@@ -49,25 +47,37 @@ def load_decoder(
     return decoder
 
 
-def llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> ModelSpec:
-    """ModelSpec out of a Llama-family config.json. Raises ModelError naming what it lacks."""
+def _fused(
+    files: ModelFiles, config: dict[str, Any], dtype: torch.dtype, weights: Weights, device: torch.device
+) -> Decoder | None:
+    """The fused decoder, or None when it does not compute this model."""
     try:
-        heads = int(config["num_attention_heads"])
-        return ModelSpec(
-            name=files.name,
-            architecture=config["architectures"][0],
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=decoder_llama.head_dim(config),
-            vocab_size=int(config["vocab_size"]),
-            max_context=int(config["max_position_embeddings"]),
-            eos_tokens=eos_tokens(files.folder, config),
-            dtype=dtype,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{files.folder / 'config.json'} lacks or garbles {error}") from None
+        if not decoder_llama.supports(config):
+            return None
+        spec = _llama_spec(files, config, dtype)
+        return decoder_llama.LlamaDecoder(spec, config, weights, device) if spec.head_dim % 8 == 0 else None
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(
+            f"{files.folder / 'config.json'} lacks or garbles a value ({type(error).__name__}: {error}); "
+            "download it again"
+        ) from error
+
+
+def _llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> ModelSpec:
+    heads = int(config["num_attention_heads"])
+    return ModelSpec(
+        name=files.name,
+        architecture=config["architectures"][0],
+        num_layers=int(config["num_hidden_layers"]),
+        hidden_size=int(config["hidden_size"]),
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        vocab_size=int(config["vocab_size"]),
+        max_context=int(config["max_position_embeddings"]),
+        eos_tokens=eos_tokens(files.folder, config),
+        dtype=dtype,
+    )
 
 
 def _dtype(name: DType, device: torch.device) -> torch.dtype:

@@ -59,7 +59,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelFiles:
     if name in BUNDLED:
         return _bundled(name, progress)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return ModelFiles(path.resolve().name, _checked_folder(path.resolve()), "folder")
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
