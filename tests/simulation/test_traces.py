@@ -38,14 +38,17 @@ def test_mooncake(tmp_path: Path) -> None:
 
 
 def test_azure_counts_from_its_first_row(tmp_path: Path) -> None:
-    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\n2023-11-16 18:17:05.4799600,31,8\n"
+    text = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,48,10\n2023-11-16 18:17:05.4799600,31,8\n"
+    )
     assert load_trace(write(tmp_path, text), "azure") == [RequestSpec(0.0, 48, 10), RequestSpec(1.5, 31, 8)]
 
 
 def test_burstgpt_leaves_failed_requests_out(tmp_path: Path) -> None:
     text = (
         "Timestamp,Session ID,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-        "5,7,ChatGPT,472,18,490,Conversation log\n45,8,ChatGPT,1087,0,1087,Conversation log\n118,,GPT-4,417,276,693,API log\n"
+        "5,7,ChatGPT,472,18,490,Conversation log\n45,8,ChatGPT,1087,0,1087,Conversation log\n"
+        "118,,GPT-4,417,276,693,API log\n"
     )
     specs = load_trace(write(tmp_path, text), "burstgpt")
     assert specs == [RequestSpec(5.0, 472, 18, session="7"), RequestSpec(118.0, 417, 276)]
@@ -65,8 +68,8 @@ def test_sharegpt_takes_the_first_exchange(tmp_path: Path) -> None:
 
 def test_a_recorded_run_replays_with_its_shared_prefixes(tmp_path: Path) -> None:
     rows = [
+        {"arrival": 101.0, "prompt_tokens": 20, "output_tokens": 3, "block_hashes": ["ff" * 32]},  # finished first
         {"arrival": 100.5, "prompt_tokens": 40, "output_tokens": 7, "block_hashes": ["ff" * 32, "0a" * 32]},
-        {"arrival": 101.0, "prompt_tokens": 20, "output_tokens": 3, "block_hashes": ["ff" * 32]},
         {"arrival": 102.0, "prompt_tokens": 20, "output_tokens": 0},
     ]
     first, second = load_trace(write(tmp_path, "\n".join(map(json.dumps, rows))), "kvarn")

@@ -1,0 +1,1 @@
+"""Measuring: the load generator behind `kvarn bench serve`, and the rates behind `kvarn bench offline`."""

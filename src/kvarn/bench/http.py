@@ -17,6 +17,7 @@ from kvarn.errors import KvarnError
 
 _LIMIT = 4 * 1024 * 1024
 """Bytes: the longest line (an SSE event) and the most that waits unread."""
+_EARLY = "disconnected mid-stream"
 
 
 class TransferFailed(Exception):
@@ -74,7 +75,7 @@ class Answer:
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
-            while size := int((await self._reader.readline()).split(b";")[0] or b"x", 16):
+            while size := await self._chunk_size():
                 yield (await self._reader.readexactly(size + 2))[:-2]
             return
         left = int(self.headers["content-length"]) if "content-length" in self.headers else None
@@ -82,10 +83,16 @@ class Answer:
             piece = await self._reader.read(65536 if left is None else min(left, 65536))
             if not piece:
                 if left:
-                    raise TransferFailed("the server closed the connection early")
+                    raise TransferFailed(_EARLY)
                 return
             left = None if left is None else left - len(piece)
             yield piece
+
+    async def _chunk_size(self) -> int:
+        line = await self._reader.readline()
+        if not line:
+            raise TransferFailed(_EARLY)
+        return int(line.split(b";")[0], 16)
 
     def close(self) -> None:
         """Drop the connection, read or not."""
@@ -123,7 +130,10 @@ async def _send(endpoint: Endpoint, method: str, path: str, body: bytes) -> Answ
 async def _read_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Answer:
     while True:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        status = int(lines[0].split(" ", 2)[1])
+        version, _, rest = lines[0].partition(" ")
+        if not version.startswith("HTTP/1"):
+            raise TransferFailed(f"not an HTTP server: it says {lines[0][:40]!r}")
+        status = int(rest[:3])
         if status >= 200:  # 100 Continue and its kin announce the real one
             break
     pairs = (line.partition(":") for line in lines[1:] if line)

@@ -54,7 +54,7 @@ def bench_serve(
     base_url: Annotated[str, typer.Option(help="The server, as OpenAI clients name it.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="Model id; default: the first the server lists.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar=["KVARN_API_KEY", "OPENAI_API_KEY"], show_envvar=True)] = None,
-    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many; trace: its first.", rich_help_panel=_WORKLOAD)] = 32,
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="How many.", rich_help_panel=_WORKLOAD)] = 32,
     arrivals: Annotated[
         ArrivalKind, typer.Option(help="When they come.", rich_help_panel=_WORKLOAD)
     ] = ArrivalKind.burst,
@@ -71,7 +71,7 @@ def bench_serve(
     output_deviation: Annotated[
         float, typer.Option(help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
     ] = 0.0,
-    trace: Annotated[Path | None, typer.Option(help="Replay this file instead.", rich_help_panel=_WORKLOAD)] = None,
+    trace: Annotated[Path | None, typer.Option(help="Replay its first -n instead.", rich_help_panel=_WORKLOAD)] = None,
     trace_format: Annotated[
         TraceFormat, typer.Option(help="What it is.", rich_help_panel=_WORKLOAD)
     ] = TraceFormat.kvarn,

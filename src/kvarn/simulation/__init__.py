@@ -1,0 +1,1 @@
+"""Workloads, reports and pictures of runs, real or simulated."""

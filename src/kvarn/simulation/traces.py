@@ -1,4 +1,4 @@
-"""Readers of recorded workloads: a file in, `RequestSpec`s out, in the file's order.
+"""Readers of recorded workloads: a file in, `RequestSpec`s out.
 
 Formats: Mooncake (jsonl with prefix block ids), Azure LLM inference traces (csv), BurstGPT (csv), ShareGPT
 (json of conversations; no times, see `with_arrivals`) and what `kvarn serve --record` writes (jsonl). Requests
@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,14 @@ def load_mooncake(path: Path) -> list[RequestSpec]:
 
 def load_azure(path: Path) -> list[RequestSpec]:
     """Azure 2023/2024: `TIMESTAMP` (ISO date and time), `ContextTokens`, `GeneratedTokens`."""
-    start: datetime | None = None
 
     def spec(row: dict[str, str]) -> RequestSpec | None:
-        nonlocal start
         time = datetime.fromisoformat(row["TIMESTAMP"])
-        start = start or time
+        arrival = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
         output = int(row["GeneratedTokens"])
-        arrival = max(0.0, (time - start).total_seconds())
         return RequestSpec(arrival, int(row["ContextTokens"]), output) if output else None
 
-    return _collect(path, _csv_rows(path), spec)
+    return _from_zero(_collect(path, _csv_rows(path), spec))
 
 
 def load_burstgpt(path: Path) -> list[RequestSpec]:
@@ -95,21 +93,21 @@ def load_sharegpt(path: Path, count_tokens: Callable[[str], int]) -> list[Reques
 
 
 def load_record(path: Path) -> list[RequestSpec]:
-    """What `kvarn serve --record` writes: `arrival` in s, lengths in tokens, `block_hashes` (hex), `block_size`."""
-    start: float | None = None
+    """What `kvarn serve --record` writes: `arrival` in s, lengths in tokens, `block_hashes` (hex), `block_size`.
+
+    Its lines are in the order in which requests finished; the result is in the order of arrival.
+    """
 
     def spec(row: dict[str, Any]) -> RequestSpec | None:
-        nonlocal start
-        start = row["arrival"] if start is None else start
         if not row["output_tokens"]:
             return None
         hashes = tuple(int(block[:15], 16) for block in row.get("block_hashes") or ())  # 60 bits: fits an int64
         return RequestSpec(
-            max(0.0, row["arrival"] - start), row["prompt_tokens"], row["output_tokens"], row.get("stream_rate"),
+            row["arrival"], row["prompt_tokens"], row["output_tokens"], row.get("stream_rate"),
             prefix_ids=hashes, prefix_block_tokens=row.get("block_size", 16), session=row.get("session"),
         )  # fmt: skip
 
-    return _collect(path, _json_lines(path), spec)
+    return _from_zero(_collect(path, _json_lines(path), spec))
 
 
 _LOADERS = {"mooncake": load_mooncake, "azure": load_azure, "burstgpt": load_burstgpt, "kvarn": load_record}
@@ -131,6 +129,13 @@ def _collect(
         if one is not None:
             found.append(one)
     return found
+
+
+def _from_zero(specs: list[RequestSpec]) -> list[RequestSpec]:
+    """Calendar times to seconds from the first arrival, in order of arrival."""
+    start = min((spec.arrival for spec in specs), default=0.0)
+    moved = [replace(spec, arrival=round(spec.arrival - start, 6)) for spec in specs]
+    return sorted(moved, key=lambda spec: spec.arrival)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
