@@ -108,7 +108,9 @@ class StandIn:
                     )
                     self.send(StepOutputs([refusal]))
                 else:
-                    self.running[message.id] = Running(message, script(message.prompt), time.monotonic() + message.timeout)
+                    self.running[message.id] = Running(
+                        message, script(message.prompt), time.monotonic() + message.timeout
+                    )
             case Cancel():
                 log("cancel", id=message.id)
                 self.running.pop(message.id, None)

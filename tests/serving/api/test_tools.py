@@ -20,7 +20,8 @@ TOOLS = [
     }
     for name in ("weather", "time")
 ]
-CALLS = '<tool_call>[{"name": "weather", "arguments": {"city": "Łódź"}}, {"name": "time", "arguments": {"city": "Oslo"}}]</tool_call>'
+WEATHER = '{"name": "weather", "arguments": {"city": "Łódź"}}'
+CALLS = f'<tool_call>[{WEATHER}, {{"name": "time", "arguments": {{"city": "Oslo"}}}}]</tool_call>'
 
 
 def say(client: openai.OpenAI, text: str, **fields: object) -> openai.types.chat.ChatCompletion:

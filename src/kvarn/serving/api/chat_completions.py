@@ -43,7 +43,14 @@ class ChatCompletions:
         field, asked = ("max_completion_tokens", body.max_completion_tokens)
         if asked is None:
             field, asked = "max_tokens", body.max_tokens
-        max_tokens = output_limit(len(prompt), asked, service.config.default_max_tokens, ready.max_context, field=field)
+        max_tokens = output_limit(
+            len(prompt),
+            asked,
+            service.config.default_max_tokens,
+            ready.max_context,
+            field=field,
+            prompt_field="messages",
+        )
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         grammar = plan.grammar(service.text) or grammar_of(body.response_format)
         ask = Ask(

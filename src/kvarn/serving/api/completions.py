@@ -39,7 +39,14 @@ class Completions:
         _refuse_unsupported(body)
         link, ready = await service.engine()
         prompts = await self._tokenise(body)
-        max_tokens = output_limit(max(map(len, prompts)), body.max_tokens, DEFAULT_MAX_TOKENS, ready.max_context)
+        max_tokens = output_limit(
+            max(map(len, prompts)),
+            body.max_tokens,
+            DEFAULT_MAX_TOKENS,
+            ready.max_context,
+            field="max_tokens",
+            prompt_field="prompt",
+        )
         logprobs = -1 if body.logprobs is None else body.logprobs
         params = sampling_params(
             body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar_of(body.response_format)

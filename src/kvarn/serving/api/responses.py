@@ -53,6 +53,7 @@ class Responses:
             service.config.default_max_tokens,
             ready.max_context,
             field="max_output_tokens",
+            prompt_field="input",
         )
         params = SamplingParams(
             temperature=1.0 if body.temperature is None else body.temperature,

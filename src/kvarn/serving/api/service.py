@@ -133,14 +133,14 @@ class Service:
 
 
 def output_limit(
-    longest_prompt: int, asked: int | None, default: int, context: int, *, field: str = "max_tokens"
+    longest_prompt: int, asked: int | None, default: int, context: int, *, field: str, prompt_field: str
 ) -> int:
     """Output tokens to allow after a prompt of so many. Raises RequestError (context_length_exceeded)."""
     room = context - longest_prompt
     if room < 1:
         raise RequestError(
             f"the prompt has {longest_prompt} tokens; the context is {context} tokens of prompt and output together",
-            field="messages" if field != "max_tokens" else "prompt",
+            field=prompt_field,
             code="context_length_exceeded",
         )
     if asked is not None and asked > room:

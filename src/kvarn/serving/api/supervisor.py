@@ -102,9 +102,6 @@ class EngineSupervisor:
             return
         if self.link is not None:
             self.link.shut_down()
-        with contextlib.suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
         try:
             await asyncio.to_thread(process.wait, GOODBYE_SECONDS)
         except subprocess.TimeoutExpired:
