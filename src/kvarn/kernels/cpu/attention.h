@@ -1,5 +1,6 @@
-// Paged attention over one task: a tile of query rows (every row once per query head of the kv head) against the
-// slots it may see, gathered `kChunk` at a time, with the usual running maximum and sum (flash attention).
+// Paged attention over one task: for each of its kv heads, a tile of query rows (every row once per query head of
+// the kv head) against the slots they may see, gathered `kChunk` at a time, with the usual running maximum and sum
+// (flash attention). All heads work on a chunk before the next one is gathered: their keys are neighbours in memory.
 //
 // Slots are picked one by one by position, so empty slots, holes, slots in the future of every row and slots behind
 // the window cost nothing but the look; the same loop serves decode (a tile is one row's group of heads) and prefill.
@@ -101,13 +102,17 @@ KVARN_INLINE Words load_scalars(const T* p, int64_t count) {
   }
 }
 
-// The slots of one chunk. `keys` are addresses of K rows; a slot's V row lies `value_offset` further on.
+// The slots of one chunk. `keys` are addresses of K rows of one kv head; a slot's V row lies `value_offset` further on.
 template <class T>
 struct Chunk {
   const T* keys[kChunk];
   int32_t positions[kChunk];
   int64_t count;
   int32_t lowest, highest;
+
+  void move_to_next_head(int64_t padded, int64_t head_stride) {
+    for (int64_t i = 0; i < padded; ++i) keys[i] += head_stride;
+  }
 
   // Fill up to whole vectors with slots that no row may see.
   int64_t pad() {
@@ -126,7 +131,7 @@ class SlotWalk {
  public:
   SlotWalk(const AttentionArgs& args, const AttentionTask& task) : args_(args), next_(task.slot_begin), end_(task.slot_end) {
     table_ = args.block_tables + task.sequence * args.block_tables_stride;
-    keys_ = static_cast<const T*>(args.kv) + task.kv_head * args.head_stride;
+    keys_ = static_cast<const T*>(args.kv) + task.head_begin * args.head_stride;
     int32_t low = INT32_MAX;
     highest_ = -1;
     for (int64_t r = 0; r < task.row_count; ++r) {
@@ -176,13 +181,15 @@ template <class T>
 struct Tiles {
   using Tile = typename TileOf<T>::type;
   using Scalar = typename Tile::Scalar;
-  int64_t rows, depth, width;  // depth: scalars in a Q or K row; width: floats in a padded V or output row
+  int64_t rows, all_rows;  // of one kv head (times group), and of all the task's kv heads one after another
+  int64_t depth, width;    // depth: scalars in a Q or K row; width: floats in a padded V or output row
   Scalar *queries, *keys, *values, *weights;
   float *scores, *sums, *maxima, *totals, *rescale;
   int32_t* positions;
 
-  Tiles(const AttentionArgs& args, int64_t row_count, char* memory) {
+  Tiles(const AttentionArgs& args, int64_t row_count, int64_t kv_heads, char* memory) {
     rows = row_count * args.group;
+    all_rows = rows * kv_heads;
     depth = args.head_dim / Tile::kPerScalar;
     width = round_up(args.head_dim, 2 * kLanes);
     char* p = memory;
@@ -190,13 +197,13 @@ struct Tiles {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(p);
       p += round_up(count * 4, 64);
     };
-    take(queries, rows * depth);
+    take(queries, all_rows * depth);
     take(keys, depth * kChunk);
     take(values, kChunk / Tile::kPerScalar * width);
     take(scores, rows * kChunk);
-    take(sums, rows * width);
-    take(maxima, rows);
-    take(totals, rows);
+    take(sums, all_rows * width);
+    take(maxima, all_rows);
+    take(totals, all_rows);
     take(rescale, rows);
     take(positions, rows);
     weights = reinterpret_cast<Scalar*>(scores);  // a row's weights replace its scores
@@ -208,20 +215,21 @@ struct Tiles {
 template <class T>
 static void load_queries(const AttentionArgs& args, const AttentionTask& task, Tiles<T>& t) {
   using Tile = typename Tiles<T>::Tile;
-  const T* base = static_cast<const T*>(args.query) + task.kv_head * args.group * args.query_head_stride;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    int64_t row = task.row_begin + r / args.group;
-    const T* from = base + row * args.query_row_stride + r % args.group * args.query_head_stride;
+  const T* base = static_cast<const T*>(args.query) + task.head_begin * args.group * args.query_head_stride;
+  for (int64_t r = 0; r < t.all_rows; ++r) {
+    int64_t row = task.row_begin + r % t.rows / args.group;
+    int64_t head = r / t.rows * args.group + r % args.group;
+    const T* from = base + row * args.query_row_stride + head * args.query_head_stride;
     auto* to = reinterpret_cast<float*>(t.queries + r * t.depth);
     for (int64_t d = 0; d < t.depth; d += kLanes) {
       int64_t count = smaller(kLanes, t.depth - d);
       store(to + d, (Floats)load_scalars<Tile>(from + d * Tile::kPerScalar, count), count);
     }
-    t.positions[r] = args.positions[row];
+    if (r < t.rows) t.positions[r] = args.positions[row];
     t.maxima[r] = -kInfinity;
     t.totals[r] = 0.f;
   }
-  memset(t.sums, 0, t.rows * t.width * sizeof(float));
+  memset(t.sums, 0, t.all_rows * t.width * sizeof(float));
 }
 
 // keys[depth][kChunk] = transposed K rows.
@@ -283,10 +291,10 @@ KVARN_INLINE void store_weights(typename Tile::Scalar* row, int64_t column, Floa
   }
 }
 
-// One row of scores (in place, logits in units of log2) becomes unnormalised weights; maximum and sum move on.
+// One row of scores (in place, logits in units of log2) becomes unnormalised weights; its maximum and sum move on.
 template <class T>
 static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, bool masked, int64_t r,
-                        Tiles<T>& t) {
+                        float& running_maximum, float& running_total, Tiles<T>& t) {
   float* scores = t.scores + r * kChunk;
   int32_t position = t.positions[r];
   int64_t behind = args.window > 0 ? larger(-1, position - args.window) : -1;  // the last position out of sight
@@ -301,7 +309,7 @@ static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_
     store(scores + j, logits);
     highest = vmax(highest, logits);
   }
-  float before = t.maxima[r], after = maximum(highest);
+  float before = running_maximum, after = maximum(highest);
   after = after > before ? after : before;
   bool nothing = after == -kInfinity;
   float shift = nothing ? 0.f : after;
@@ -312,15 +320,16 @@ static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_
     store_weights<typename Tiles<T>::Tile>(t.weights + r * kChunk, j, weights);
   }
   t.rescale[r] = nothing ? 1.f : exp2(before - after);
-  t.totals[r] = t.totals[r] * t.rescale[r] + sum(total);
-  t.maxima[r] = after;
+  running_total = running_total * t.rescale[r] + sum(total);
+  running_maximum = after;
 }
 
 // One finished row: the sink joins the denominator, the sums are divided and written in the model's dtype.
 template <class T>
 static void write_row(const AttentionArgs& args, const AttentionTask& task, int64_t r, const float* sums, float maximum,
                       float total) {
-  int64_t head = task.kv_head * args.group + r % args.group;
+  int64_t rows = task.row_count * args.group;
+  int64_t head = (task.head_begin + r / rows) * args.group + r % args.group;
   if (args.sinks) {
     float sink = args.sinks[head] * kLog2e;
     float shift = sink > maximum ? sink : maximum;
@@ -329,7 +338,7 @@ static void write_row(const AttentionArgs& args, const AttentionTask& task, int6
     total = by > 0.f ? total / by : kInfinity;
   }
   float inverse = total > 0.f ? 1.f / total : 0.f;
-  int64_t row = task.row_begin + r / args.group;
+  int64_t row = task.row_begin + r % rows / args.group;
   T* to = static_cast<T*>(args.out) + (row * args.query_heads + head) * args.head_dim;
   for (int64_t d = 0; d < args.head_dim; d += kLanes) {
     int64_t count = args.head_dim - d;
@@ -340,7 +349,7 @@ static void write_row(const AttentionArgs& args, const AttentionTask& task, int6
 template <class T>
 static void attention_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
   using Tile = typename Tiles<T>::Tile;
-  Tiles<T> t(args, task.row_count, scratch);
+  Tiles<T> t(args, task.row_count, task.head_count, scratch);
   load_queries(args, task, t);
   int32_t first = INT32_MAX, last = -1;
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -353,27 +362,32 @@ static void attention_task(const AttentionArgs& args, const AttentionTask& task,
     int64_t columns = chunk.pad();
     bool masked = columns > chunk.count || chunk.highest > first ||
                   (args.window > 0 && chunk.lowest <= last - args.window);
-    pack_keys(chunk, columns, t);
-    multiply<Tile>(t.queries, t.depth, t.rows, t.keys, kChunk, t.depth, columns, t.scores, kChunk, nullptr);
-    for (int64_t r = 0; r < t.rows; ++r) softmax_row(args, chunk, columns, masked, r, t);
-    pack_values(args, chunk, columns, t);
-    multiply<Tile>(t.weights, kChunk, t.rows, t.values, t.width, columns / Tile::kPerScalar,
-                   round_up(args.head_dim, kLanes), t.sums, t.width, t.rescale);
+    for (int64_t head_row = 0; head_row < t.all_rows; head_row += t.rows) {
+      pack_keys(chunk, columns, t);
+      multiply<Tile>(t.queries + head_row * t.depth, t.depth, t.rows, t.keys, kChunk, t.depth, columns, t.scores,
+                     kChunk, nullptr);
+      for (int64_t r = 0; r < t.rows; ++r)
+        softmax_row(args, chunk, columns, masked, r, t.maxima[head_row + r], t.totals[head_row + r], t);
+      pack_values(args, chunk, columns, t);
+      multiply<Tile>(t.weights, kChunk, t.rows, t.values, t.width, columns / Tile::kPerScalar,
+                     round_up(args.head_dim, kLanes), t.sums + head_row * t.width, t.width, t.rescale);
+      chunk.move_to_next_head(columns, args.head_stride);
+    }
   }
   if (!task.partial) {
-    for (int64_t r = 0; r < t.rows; ++r) write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
+    for (int64_t r = 0; r < t.all_rows; ++r) write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
     return;
   }
-  for (int64_t r = 0; r < t.rows; ++r)
+  for (int64_t r = 0; r < t.all_rows; ++r)
     memcpy(task.partial + r * args.head_dim, t.sums + r * t.width, args.head_dim * sizeof(float));
-  memcpy(task.partial + t.rows * args.head_dim, t.maxima, t.rows * sizeof(float));
-  memcpy(task.partial + t.rows * (args.head_dim + 1), t.totals, t.rows * sizeof(float));
+  memcpy(task.partial + t.all_rows * args.head_dim, t.maxima, t.all_rows * sizeof(float));
+  memcpy(task.partial + t.all_rows * (args.head_dim + 1), t.totals, t.all_rows * sizeof(float));
 }
 
 // Joins the partial results of one tile in place of the first of them.
 template <class T>
 static void merge_task(const AttentionArgs& args, const MergeTask& merge) {
-  int64_t rows = merge.whole.row_count * args.group, dim = args.head_dim, size = rows * (dim + 2);
+  int64_t rows = merge.whole.row_count * merge.whole.head_count * args.group, dim = args.head_dim, size = rows * (dim + 2);
   float* into = merge.whole.partial;
   for (int64_t r = 0; r < rows; ++r) {
     float highest = -kInfinity, total = 0.f;

@@ -16,8 +16,8 @@ namespace {
 #define KVARN_BY_DTYPE(function, args, ...) \
   ((args).is_bfloat16 ? function<bfloat16>(args, __VA_ARGS__) : function<float>(args, __VA_ARGS__))
 
-int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t rows) {
-  return larger(Tiles<float>(args, rows, nullptr).bytes, Tiles<bfloat16>(args, rows, nullptr).bytes);
+int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
+  return larger(Tiles<float>(args, rows, kv_heads, nullptr).bytes, Tiles<bfloat16>(args, rows, kv_heads, nullptr).bytes);
 }
 void attention(const AttentionArgs& args, const AttentionTask& task, void* scratch) {
   KVARN_BY_DTYPE(attention_task, args, task, static_cast<char*>(scratch));

@@ -27,16 +27,18 @@ struct AttentionArgs {
   bool is_bfloat16;
 };
 
-// One piece of attention: some rows of one sequence, the query heads of one kv head, a range of its slots.
+// One piece of attention: some rows of one sequence, the query heads of some kv heads, a range of its slots.
 struct AttentionTask {
-  int64_t sequence, kv_head;
+  int64_t sequence;
+  int64_t head_begin, head_count;  // kv heads
   int64_t row_begin, row_count;
   int64_t slot_begin, slot_end;
   // Where the unfinished result goes when the slots are split over several tasks; null: finish and write to `out`.
   float* partial;
 };
 
-// A partial result is rows * (head_dim + 2) floats: the weighted sums, then every row's maximum, then its sum.
+// A partial result is rows * group * kv heads times head_dim + 2 floats: the weighted sums, then every row's maximum,
+// then its sum.
 struct MergeTask {
   AttentionTask whole;  // `partial` is the first of `splits` consecutive partial results
   int64_t splits;
@@ -79,7 +81,7 @@ struct SiluArgs {
 // Row functions work on rows [begin, end).
 struct Kernels {
   const char* name;
-  int64_t (*attention_scratch_bytes)(const AttentionArgs&, int64_t rows);
+  int64_t (*attention_scratch_bytes)(const AttentionArgs&, int64_t rows, int64_t kv_heads);
   void (*attention)(const AttentionArgs&, const AttentionTask&, void* scratch);
   void (*attention_merge)(const AttentionArgs&, const MergeTask&);
   void (*rms_norm)(const NormArgs&, int64_t begin, int64_t end);

@@ -26,8 +26,12 @@ struct Plan {
   std::vector<MergeTask> merges;
   std::vector<float> partials;
   int64_t total_work = 0;
-  int64_t largest_tile = 0;
+  int64_t rows_per_task = 0, heads_per_task = 1;
 };
+
+int64_t partial_floats(const AttentionArgs& args, const AttentionTask& task) {
+  return task.row_count * task.head_count * args.group * (args.head_dim + 2);
+}
 
 void check_block_tables(const View& block_tables, const View& kv_slots, int64_t block_size, int64_t blocks) {
   const int64_t reach = block_tables.size(1) * block_size;
@@ -53,21 +57,26 @@ void check_query_starts(const View& query_starts, int64_t sequences, int64_t row
 }
 
 Plan cut_into_tiles(const AttentionArgs& args, const int32_t* query_starts, const int32_t* kv_slots,
-                    int64_t sequences) {
+                    int64_t sequences, int64_t threads) {
   Plan plan;
   const int64_t tile_rows = std::max<int64_t>(1, kTileRows / args.group);
+  int64_t tiles = 0;
+  for (int64_t s = 0; s < sequences; ++s) tiles += (query_starts[s + 1] - query_starts[s] + tile_rows - 1) / tile_rows;
+  // A task reads all heads of its slots, which lie side by side, unless that leaves threads without work.
+  const bool enough = threads == 1 || tiles >= threads * kTasksPerThread;
+  plan.heads_per_task = enough ? args.kv_heads : 1;
   for (int64_t s = 0; s < sequences; ++s) {
     for (int64_t row = query_starts[s]; row < query_starts[s + 1]; row += tile_rows) {
       int64_t rows = std::min(tile_rows, query_starts[s + 1] - row);
       // Positions usually rise with the rows: what lies behind the last one is skipped, so it is no work.
       int64_t seen = std::clamp<int64_t>(args.positions[row + rows - 1] + 1, 1, std::max(1, kv_slots[s]));
-      int64_t work = 2 * rows * args.group * seen * args.head_dim;
-      for (int64_t head = 0; head < args.kv_heads; ++head) {
-        plan.tasks.push_back({s, head, row, rows, 0, kv_slots[s], nullptr});
+      int64_t work = 2 * rows * args.group * plan.heads_per_task * seen * args.head_dim;
+      for (int64_t head = 0; head < args.kv_heads; head += plan.heads_per_task) {
+        plan.tasks.push_back({s, head, plan.heads_per_task, row, rows, 0, kv_slots[s], nullptr});
         plan.work.push_back(work);
+        plan.total_work += work;
       }
-      plan.total_work += work * args.kv_heads;
-      plan.largest_tile = std::max(plan.largest_tile, rows);
+      plan.rows_per_task = std::max(plan.rows_per_task, rows);
     }
   }
   return plan;
@@ -77,22 +86,23 @@ Plan cut_into_tiles(const AttentionArgs& args, const int32_t* query_starts, cons
 Plan balanced(const AttentionArgs& args, const Plan& tiles, int64_t threads) {
   Plan plan;
   plan.total_work = tiles.total_work;
-  plan.largest_tile = tiles.largest_tile;
+  plan.rows_per_task = tiles.rows_per_task;
+  plan.heads_per_task = tiles.heads_per_task;
   const int64_t share = tiles.total_work / (threads * kTasksPerThread) + 1;
   std::vector<int64_t> order;
-  int64_t partial_floats = 0;
+  int64_t floats = 0;
   std::vector<int64_t> splits(tiles.tasks.size());
   for (size_t i = 0; i < tiles.tasks.size(); ++i) {
     const AttentionTask& task = tiles.tasks[i];
     splits[i] = std::clamp<int64_t>((tiles.work[i] + share - 1) / share, 1,
                                     std::max<int64_t>(1, task.slot_end / kShortestSplit));
-    if (splits[i] > 1) partial_floats += splits[i] * task.row_count * args.group * (args.head_dim + 2);
+    if (splits[i] > 1) floats += splits[i] * partial_floats(args, task);
     order.push_back((int64_t)i);
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
     return tiles.work[a] / splits[a] > tiles.work[b] / splits[b];
   });
-  plan.partials.resize(partial_floats);
+  plan.partials.resize(floats);
   float* partial = plan.partials.data();
   for (int64_t i : order) {
     AttentionTask task = tiles.tasks[i];
@@ -107,7 +117,7 @@ Plan balanced(const AttentionArgs& args, const Plan& tiles, int64_t threads) {
       task.slot_begin = whole.slot_end * k / splits[i];
       task.slot_end = whole.slot_end * (k + 1) / splits[i];
       task.partial = partial;
-      partial += task.row_count * args.group * (args.head_dim + 2);
+      partial += partial_floats(args, task);
       plan.tasks.push_back(task);
     }
   }
@@ -132,10 +142,9 @@ void* scratch_of_this_thread(size_t bytes) {
   return memory.get();
 }
 
-void run(const AttentionArgs& args, Plan plan) {
+void run(const AttentionArgs& args, Plan plan, int64_t threads) {
   const Kernels& use = kernels();
-  const size_t bytes = use.attention_scratch_bytes(args, plan.largest_tile);
-  const int64_t threads = torch::stable::get_num_threads();
+  const size_t bytes = use.attention_scratch_bytes(args, plan.rows_per_task, plan.heads_per_task);
   if (threads == 1 || plan.total_work < kParallelWork) {
     void* scratch = scratch_of_this_thread(bytes);
     for (const AttentionTask& task : plan.tasks) use.attention(args, task, scratch);
@@ -230,7 +239,8 @@ Tensor paged_attention(const Tensor& query_, const Tensor& kv_, const Tensor& sl
   args.scale = (float)scale;
   args.softcap = (float)softcap;
   args.window = window;
-  run(args, cut_into_tiles(args, query_starts.as<int32_t>(), kv_slots.as<int32_t>(), sequences));
+  const int64_t threads = torch::stable::get_num_threads();
+  run(args, cut_into_tiles(args, query_starts.as<int32_t>(), kv_slots.as<int32_t>(), sequences, threads), threads);
   return out;
 }
 
