@@ -91,6 +91,13 @@ def test_plain_draw_inverts_the_whole_distribution(vocab: int) -> None:
     assert np.all((low - 1e-6 <= uniform) & (uniform <= cumulative[drawn] + 1e-6))
 
 
+@pytest.mark.parametrize("vocab", [1, 32, 50, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_is_the_first_of_the_maxima(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randint(-3, 4, (50, vocab), generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    assert draw.largest(logits).tolist() == logits.float().numpy().argmax(axis=1).tolist()
+
+
 def test_extreme_uniforms_stay_on_tokens_with_mass() -> None:
     logits = torch.full((2, 1000), -torch.inf)
     logits[:, 400:600] = torch.randn(200)

@@ -23,9 +23,13 @@ from torch import Tensor
 _CHUNK = 256
 """Tokens summed together in the first level of the search in a row's cumulative distribution."""
 _LANE = 32
-"""Tokens of which only the largest is looked at when the top of a row is searched."""
-_WIDTHS = (64, 256, 4096)
-"""Candidates looked at per row before the whole row is sorted."""
+"""Tokens of which only the largest is looked at first when the top of a row is searched."""
+_WIDTHS = (64, 256)
+"""Candidates looked at per row before the whole row is."""
+_WHOLE_ROWS = 4
+"""Whole rows searched at a time on a CPU, whose caches the search's tables should not leave."""
+_DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Shift and width of the digits that the whole-row search splits a 32-bit key into."""
 _BELOW_ONE = 1.0 - 2.0**-52
 
 
@@ -53,6 +57,17 @@ class Truncation:
 
     def rows(self, index: Tensor) -> Truncation:
         return Truncation(self.top_k[index], self.top_p[index], self.min_p[index])
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Id of each row's largest logit [R], the lowest id of a tie."""
+    count, vocab = logits.shape
+    if logits.device.type != "cpu" or vocab % _LANE:
+        return logits.argmax(dim=1)
+    # On a CPU amax is vectorised and argmax is not: find the run that holds the maximum, then its place in the run.
+    runs = logits.view(count, vocab // _LANE, _LANE)
+    run = runs.amax(dim=2).argmax(dim=1)
+    return run * _LANE + runs[torch.arange(count), run].argmax(dim=1)
 
 
 def draw(scaled: Tensor, uniform: Tensor) -> Tensor:
@@ -88,29 +103,26 @@ def _invert(masses: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def draw_truncated(scaled: Tensor, truncation: Truncation, uniform: Tensor) -> Tensor:
     """As `draw`, from the tokens that `truncation` keeps; `scaled` [R, V] is left as it is.
 
-    Rows are settled by their few largest logits where these hold everything kept, else by more of them.
+    Rows are settled by their few largest logits where these hold everything kept, else by the whole row.
     """
     count, vocab = scaled.shape
     tokens = torch.empty(count, dtype=torch.int64, device=scaled.device)
     totals = _totals(scaled, truncation)
     pending = torch.arange(count, device=scaled.device)
-    for width in _widths(truncation, vocab):
+    for width in _WIDTHS:
+        if not int(truncation.top_k.min()) < width <= vocab // _LANE // 4:
+            continue
         rows = scaled if len(pending) == count else scaled[pending]
         values, ids = _largest(rows, width)
-        limits = truncation.rows(pending)
-        threshold, settled = _threshold(values.double(), totals[pending], limits, complete=width == vocab)
+        threshold, settled = _threshold(values.double(), totals[pending], truncation.rows(pending))
         chosen = _draw_candidates(values[settled], ids[settled], threshold[settled], uniform[pending[settled]])
         tokens[pending[settled]] = chosen
         pending = pending[~settled]
         if not len(pending):
-            break
+            return tokens
+    for slab in torch.split(pending, _WHOLE_ROWS if scaled.device.type == "cpu" else count):
+        tokens[slab] = draw(_truncate(scaled[slab], truncation.rows(slab)), uniform[slab])
     return tokens
-
-
-def _widths(truncation: Truncation, vocab: int) -> list[int]:
-    """How many of the largest logits to look at, in turn; none that no row's top-k would fit in."""
-    smallest_k = int(truncation.top_k.min())
-    return [width for width in _WIDTHS if smallest_k < width < vocab] + [vocab]
 
 
 def _totals(scaled: Tensor, truncation: Truncation) -> Tensor:
@@ -127,17 +139,11 @@ def _totals(scaled: Tensor, truncation: Truncation) -> Tensor:
 def _largest(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest logits of each row in descending order [R, width], and their ids.
 
-    They lie in the `width` lanes with the largest maxima, and lanes are far fewer than tokens: a selection over
-    whole rows is what makes the obvious torch.topk slow on a CPU.
+    They lie in the `width` lanes with the largest maxima, or past the last lane, and lanes are far fewer than tokens:
+    a selection over whole rows is what makes the obvious torch.topk slow on a CPU.
     """
     vocab = rows.shape[1]
     lanes = vocab // _LANE
-    if width > lanes // 4:
-        if width < vocab:
-            top = rows.topk(width, dim=1)
-            return top.values, top.indices
-        ordered = rows.sort(dim=1, descending=True)
-        return ordered.values, ordered.indices
     # Lane j holds ids j, j + lanes, j + 2 * lanes, ...: the maximum over them is then a vectorised one.
     maxima = rows[:, : lanes * _LANE].view(len(rows), _LANE, lanes).amax(dim=1)
     best = maxima.topk(width, dim=1, sorted=False).indices
@@ -148,7 +154,7 @@ def _largest(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return top.values, ids.gather(1, top.indices)
 
 
-def _threshold(values: Tensor, totals: Tensor, limits: Truncation, *, complete: bool) -> tuple[Tensor, Tensor]:
+def _threshold(values: Tensor, totals: Tensor, limits: Truncation) -> tuple[Tensor, Tensor]:
     """Smallest logit kept [R], and whether `values` [R, W] (descending, float64) surely hold all that is kept [R]."""
     lowest = torch.full_like(totals, -torch.inf)
     width = values.shape[1]
@@ -165,7 +171,7 @@ def _threshold(values: Tensor, totals: Tensor, limits: Truncation, *, complete: 
     # The smallest candidate being left out says that nothing below it, seen or not, is kept. With a top-k it must be
     # left out by that already: top-p's masses are shares of everything top-k keeps, ties included.
     settled = values[:, -1] < torch.where(limits.top_k > 0, k_threshold, threshold)
-    return threshold, torch.ones_like(settled) if complete else settled
+    return threshold, settled
 
 
 def _draw_candidates(values: Tensor, ids: Tensor, threshold: Tensor, uniform: Tensor) -> Tensor:
@@ -175,3 +181,41 @@ def _draw_candidates(values: Tensor, ids: Tensor, threshold: Tensor, uniform: Te
     kept = logits.masked_fill(logits < threshold[:, None], -torch.inf)
     position = _invert(torch.softmax(kept, dim=1), uniform)[0]
     return ids.gather(1, position[:, None]).squeeze(1)
+
+
+def _truncate(scaled: Tensor, limits: Truncation) -> Tensor:
+    """Every row of `scaled` with -inf for what is not kept, in place, by looking at all of it."""
+
+    def drop_below(threshold: Tensor, applies: Tensor) -> None:
+        scaled.masked_fill_((scaled < threshold[:, None]) & applies[:, None], -torch.inf)
+
+    if bool((limits.top_k > 0).any()):
+        drop_below(_weighted_threshold(scaled, torch.ones_like(scaled), limits.top_k), limits.top_k > 0)
+    if bool((limits.top_p < 1.0).any()):
+        drop_below(_weighted_threshold(scaled, scaled.softmax(dim=1), limits.top_p), limits.top_p < 1.0)
+    drop_below(scaled.amax(dim=1).double() + torch.log(limits.min_p), limits.min_p > 0.0)
+    return scaled
+
+
+def _weighted_threshold(values: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """Smallest value [R] with weight of its own for which the weight of all larger ones is below `target` [R].
+
+    A radix select: float32 bits, made to order as integers, are settled digit by digit, each by a histogram of the
+    weights whose higher digits are settled. Linear in the row, where a sort takes milliseconds.
+    """
+    bits = values.contiguous().view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF) ^ -(2**31)  # read as unsigned, keys order as the values do
+    weights = weights.double()
+    prefix = torch.zeros(len(values), 1, dtype=torch.int64, device=values.device)
+    above = torch.zeros(len(values), 1, dtype=torch.float64, device=values.device)
+    for shift, width in _DIGITS:
+        digits = ((keys >> shift) & (2**width - 1)).long()
+        histogram = torch.zeros(len(values), 2**width, dtype=torch.float64, device=values.device)
+        histogram.scatter_add_(1, digits, weights)
+        larger = above + histogram.flip(1).cumsum(dim=1).flip(1) - histogram
+        digit = ((histogram > 0) & (larger < target[:, None])).int().argmax(dim=1, keepdim=True)
+        above = larger.gather(1, digit)
+        prefix = (prefix << width) | digit
+        weights = torch.where(digits == digit, weights, 0.0)
+    signed = (prefix - 2**31).int()
+    return (signed ^ ((signed >> 31) & 0x7FFFFFFF)).view(torch.float32).squeeze(1)

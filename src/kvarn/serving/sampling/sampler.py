@@ -27,6 +27,9 @@ from kvarn.serving.sampling.params import UNSET_SEED
 GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: logits divided by them would lose what tells tokens apart."""
 
+_CPU_SLAB = 2**21
+"""Logits worked on at a time on a CPU."""
+
 
 @dataclass(slots=True, eq=False)
 class _RequestState:
@@ -74,6 +77,14 @@ class Sampler:
 
     def sample(self, logits: Tensor, requests: list[Request]) -> list[SampledToken]:
         """The next token of each request, in order, from its row of `logits` [R, V] (any float type and device)."""
+        # On a CPU temporaries larger than the allocator keeps are paid for in page faults, several times their use.
+        slab = max(1, _CPU_SLAB // self.vocab_size) if logits.device.type == "cpu" else len(requests)
+        sampled: list[SampledToken] = []
+        for first in range(0, len(requests), slab):
+            sampled += self._sample(logits[first : first + slab], requests[first : first + slab])
+        return sampled
+
+    def _sample(self, logits: Tensor, requests: list[Request]) -> list[SampledToken]:
         states = [self._states[request.id] for request in requests]
         edited = [row for row, state in enumerate(states) if state.edited]
         if not edited:
@@ -119,13 +130,13 @@ def _choose(logits: Tensor, states: Sequence[_RequestState]) -> list[int]:
     for row, state in enumerate(states):
         groups.setdefault((state.greedy, state.truncated and not state.greedy), []).append(row)
     if len(groups) == 1 and states[0].greedy:
-        greedy: list[int] = logits.argmax(dim=1).tolist()
+        greedy: list[int] = draw.largest(logits).tolist()
         return greedy
     tokens = [0] * len(states)
     for (is_greedy, is_truncated), rows in groups.items():
         values = _take(logits, rows)
         members = [states[row] for row in rows]
-        chosen = values.argmax(dim=1) if is_greedy else _draw(values, members, truncated=is_truncated)
+        chosen = draw.largest(values) if is_greedy else _draw(values, members, truncated=is_truncated)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             tokens[row] = token
     return tokens
