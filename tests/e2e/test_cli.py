@@ -55,7 +55,7 @@ def test_model_inspect_and_list():
 
 def test_bench_serve_reports_json(server: ServerProcess):
     done = kvarn(
-        "bench", "serve", "--base-url", server.url, "--model", "smollm2", "--workload", "burst", "--requests", "4",
+        "bench", "serve", "--base-url", server.url, "--model", "smollm2", "--arrivals", "burst", "--requests", "4",
         "--input-tokens", "16", "--output-tokens", "8", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

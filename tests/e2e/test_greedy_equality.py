@@ -97,7 +97,7 @@ def test_mixed_batches_and_chunks_in_any_order(expected: list[tuple[list[int], l
 
 
 def test_with_preemption(expected: list[tuple[list[int], list[int]]]):
-    engine = _load(kv_memory_bytes=52 * 2**20, max_context=1024, share_prefixes=False)
+    engine = _load(kv_memory_bytes=52 * 2**20, max_context=1024, block_size=4, share_prefixes=False)
     fitting = [pair for pair in expected if len(pair[0]) + TOKENS <= engine.engine.max_context]
     assert len(fitting) >= 20
     assert _texts(engine, [prompt for prompt, _ in fitting]) == [tokens for _, tokens in fitting]

@@ -109,7 +109,7 @@ def test_impossible_sizes_in_a_config_are_a_model_error(llama: ModelFiles) -> No
 
 
 def test_too_little_memory_is_told_before_loading(llama: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 100_000)
     with pytest.raises(CapacityError, match="memory on cpu"):
         load_decoder(llama, dtype="float32")
 

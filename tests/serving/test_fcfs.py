@@ -37,10 +37,10 @@ class Hit:
 
 
 def decide(waiting: list[View], running: list[View], *, available: int, budget: int = 16, hit: Hit = Hit()) -> Decision:
+    held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
-        waiting, running, available, SIZE, budget, max_running=8,
-        prefix_hit=lambda id: hit, reclaimable_blocks=lambda id: next(view.num_blocks for view in running if view.id == id),
-    )  # fmt: skip
+        waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__
+    )
     return FirstComeFirstServed().decide(snapshot, 0.0)
 
 

@@ -32,7 +32,7 @@ def load_decoder(
     """
     if progress:
         progress("loading the weights", 0.0)
-    target = _device(device)
+    target = usable_device(device)
     config = read_config(files.folder)
     torch_dtype = _dtype(dtype, target)
     weights = Weights(files.folder)
@@ -89,7 +89,8 @@ def _dtype(name: DType, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The torch device called `name`. Raises ModelError when it cannot be used here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -101,7 +102,7 @@ def _device(name: str) -> torch.device:
 
 def _check_memory(weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
     needed = int(weights.num_elements * dtype.itemsize * _MEMORY_MARGIN)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the model needs {needed >> 20} MiB of memory on {device}, {free >> 20} MiB are free; "
@@ -109,7 +110,8 @@ def _check_memory(weights: Weights, dtype: torch.dtype, device: torch.device) ->
         )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that an allocation on `device` may take now, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kvarn.errors import CapacityError, KvarnError
-from kvarn.models.loader import load_decoder
+from kvarn.errors import CapacityError
+from kvarn.models.loader import free_bytes, load_decoder, usable_device
 from kvarn.models.sources import resolve
 from kvarn.models.spec import ModelSpec
 from kvarn.serving.clock import Clock, MonotonicClock
@@ -49,7 +49,7 @@ def load_engine(
     """
     config.validate()
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    device = _device(config.device)
+    device = usable_device(config.device)
     progress("finding the model", 0.0)
     files = resolve(config.model, progress=progress)
     progress("loading the model", 0.0)
@@ -81,20 +81,11 @@ def load_engine(
     return LoadedEngine(engine, spec, files.folder)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise KvarnError(f"device {name!r} cannot be used here: choose cpu, or cuda where there is one") from error
-    return device
-
-
 def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, device: torch.device) -> int:
     """Blocks of the KV pool: what was asked for, or a share of what is free."""
     block_bytes = config.block_size * spec.kv_bytes_per_token
     enough = config.max_running * -(-max_context // config.block_size)
-    wanted = config.kv_memory_bytes or int(_free_memory(device) * _SHARE_OF_FREE_MEMORY)
+    wanted = config.kv_memory_bytes or int(free_bytes(device) * _SHARE_OF_FREE_MEMORY)
     blocks = min(wanted // block_bytes, enough)
     if blocks < 1:
         raise CapacityError(
@@ -102,10 +93,3 @@ def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, devic
             f"{config.block_size} tokens): raise --kv-memory, free memory, or take a smaller --block-size"
         )
     return blocks
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
