@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 
 from kvarn.errors import CapacityError, ModelError
 from kvarn.models import sources
 from kvarn.models.sources import list_models, resolve
+from tests.models.tiny import SIZES, save_model, write_gguf
 
 
 def test_the_default_model_is_a_complete_folder(model_folder: Path) -> None:
@@ -30,6 +32,16 @@ def test_a_folder_is_taken_as_it_is(model_folder: Path) -> None:
 def test_the_bundled_model_is_listed_once(model_folder: Path) -> None:
     names = [files.name for files in list_models()]
     assert names.count("smollm2") == 1
+
+
+def test_converted_files_are_listed_while_their_source_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARN_CACHE", str(tmp_path / "cache"))
+    save_model(transformers.LlamaConfig(**SIZES), tmp_path / "source")
+    path = write_gguf(tmp_path / "source", tmp_path / "m.gguf")
+    folder = resolve(str(path)).folder
+    assert [(files.name, files.folder) for files in list_models() if files.origin == "gguf"] == [(str(path), folder)]
+    path.unlink()
+    assert all(files.origin != "gguf" for files in list_models())
 
 
 @pytest.mark.parametrize(

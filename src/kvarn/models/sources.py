@@ -36,6 +36,8 @@ _CONVERTER_VERSION: Final = 2
 """Part of every converted folder's name: raise it when the converter's output changes."""
 _CONVERTED_GROWTH: Final = 4
 """A converted model takes about this many times its GGUF file: 16 bits a weight against 4."""
+_NOTE: Final = "kvarn.json"
+"""Beside a converted model: says which file it came from."""
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_TIMEOUT_SECONDS: Final = 10
 
@@ -74,17 +76,20 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelFiles:
 
 
 def list_models() -> list[ModelFiles]:
-    """Models that are on this disk: bundled ones, converted GGUF files and the hub's cache, each ready to serve."""
-    models = [
-        ModelFiles(name, _bundled_file(name) or Path(), "bundled")
-        for name in BUNDLED
-        if _bundled_file(name) is not None
-    ]
-    for note in sorted(cache_dir().glob("*/kvarn.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            source = json.loads(note.read_text())["source"]
-            if not any(model.folder == Path(source) for model in models):
-                models.append(ModelFiles(source, note.parent, "gguf"))
+    """Models that `resolve` finds without a download: bundled ones, converted GGUF files, the hub's cache.
+
+    A GGUF file's name is its path. A bundled model that is not converted yet has its package as folder.
+    """
+    models = []
+    bundled = {name: file for name in BUNDLED if (file := _bundled_file(name))}
+    for name, file in bundled.items():
+        folder = _converted_folder(name, importlib.metadata.version(BUNDLED[name]))
+        models.append(ModelFiles(name, folder if folder.is_dir() else file.parent, "bundled"))
+    for note in sorted(cache_dir().glob(f"*-v{_CONVERTER_VERSION}/{_NOTE}")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a folder that is just being removed
+            source = Path(json.loads(note.read_text())["source"])
+            if source.is_file() and source not in bundled.values():
+                models.append(ModelFiles(str(source), note.parent, "gguf"))
     return models + _hub_models()
 
 
@@ -152,9 +157,13 @@ def _converted(name: str, source: Path, key: str, progress: Progress | None) -> 
                 "free; free some space or set KVARN_CACHE to a larger disk"
             )
         convert(source, target, progress=progress)
-        (target / "kvarn.json").write_text(json.dumps({"source": str(source)}) + "\n")
+        (target / _NOTE).write_text(json.dumps({"source": str(source)}) + "\n")
 
-    return build_once(cache_dir() / f"{name}-{key}-v{_CONVERTER_VERSION}", build)
+    return build_once(_converted_folder(name, key), build)
+
+
+def _converted_folder(name: str, key: str) -> Path:
+    return cache_dir() / f"{name}-{key}-v{_CONVERTER_VERSION}"
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

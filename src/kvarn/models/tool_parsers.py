@@ -277,6 +277,10 @@ def _call_of(value: Any) -> _Call | None:
 # ---- forcing ---------------------------------------------------------------------------------------------
 
 
+_TIGHT: Final = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""JSON spaced the one way that models were trained on: small ones write white space for ever where they may."""
+
+
 def forced_tool_grammar(
     format: ToolFormat, tools: list[dict[str, Any]], name: str | None = None, *, parallel: bool = True
 ) -> tuple[str, str]:
@@ -297,10 +301,10 @@ def forced_tool_grammar(
     if format in (ToolFormat.MISTRAL, ToolFormat.JSON):
         return "json_schema", _schema_text(many, definitions)
     if format is ToolFormat.TAGGED_LIST:
-        return "lark", f'start: "{_OPEN}" calls "{_CLOSE}"\ncalls: %json {_schema_text(many, definitions)}\n'
+        return "lark", f'start: "{_OPEN}" calls "{_CLOSE}"\ncalls: %json {_schema_text(many | _TIGHT, definitions)}\n'
     one = f'"{_OPEN}\\n" call "\\n{_CLOSE}"'
     more = f' ("\\n" {one})*' if parallel else ""
-    return "lark", f"start: {one}{more}\ncall: %json {_schema_text(call, definitions)}\n"
+    return "lark", f"start: {one}{more}\ncall: %json {_schema_text(call | _TIGHT, definitions)}\n"
 
 
 def _call_schema(function: dict[str, Any], key: str, definitions: dict[str, Any]) -> dict[str, Any]:
