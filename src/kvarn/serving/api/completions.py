@@ -63,7 +63,7 @@ class Completions:
             tenant=tenant,
         )
         generation = service.generate(new_id("cmpl-"), ask, link, arrival)
-        writer = _Writer(service, generation, self._echoes(body, prompts))
+        writer = _Writer(service, generation, await self._echoes(body, prompts))
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(generation, writer.events(include_usage=usage))
@@ -85,14 +85,14 @@ class Completions:
             raise RequestError("the prompt is empty; send at least one token of text", field="prompt")
         return prompts
 
-    def _echoes(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+    async def _echoes(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
         """What to put before each prompt's answers."""
         if not body.echo:
             return [""] * len(prompts)
         if isinstance(body.prompt, str):
             return [body.prompt]
         return [
-            given if isinstance(given, str) else self._service.text.decode(tokens)
+            given if isinstance(given, str) else await self._service.text.decode(tokens)
             for given, tokens in zip(body.prompt, prompts, strict=False)  # a single token list is longer than its list
         ]
 

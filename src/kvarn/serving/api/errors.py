@@ -55,6 +55,8 @@ class ErrorAnswer:
     param: str | None = None
     code: str | None = None
     retry_after: float | None = None
+    allow: str | None = None
+    """The methods that a URL does take."""
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -70,6 +72,8 @@ class ErrorAnswer:
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.allow is not None:
+            headers["allow"] = self.allow
         if self.status == 413:
             headers["connection"] = "close"  # the rest of the body is not read
         if self.status == 401:
@@ -115,5 +119,6 @@ def _explain_http(error: HTTPException) -> ErrorAnswer:
         detail = "there is nothing at this URL; the API lives under /v1 (see /openapi.json)"
     elif error.status_code == 405:
         detail = "this URL does not take that HTTP method; /openapi.json lists what does"
+    allow = (error.headers or {}).get("Allow")
     code = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return ErrorAnswer(error.status_code, detail, _type_of(error.status_code), code=code)
+    return ErrorAnswer(error.status_code, detail, _type_of(error.status_code), code=code, allow=allow)

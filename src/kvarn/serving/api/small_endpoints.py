@@ -73,7 +73,7 @@ class Tokens:
         service.tenant(request)
         body = await read_body(request, DetokenizeRequest, service.config.max_body_bytes)
         service.check_model(body.model)
-        return json_response({"prompt": service.text.decode(body.tokens)})
+        return json_response({"prompt": await service.text.decode(body.tokens)})
 
 
 class Condition:

@@ -100,7 +100,9 @@ class EngineSupervisor:
         process = self._process
         if process is None:
             return
-        if self.link is not None:
+        if self.link is None:
+            process.kill()  # still loading: there is nothing to say goodbye to
+        else:
             self.link.shut_down()
         try:
             await asyncio.to_thread(process.wait, GOODBYE_SECONDS)

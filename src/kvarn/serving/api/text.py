@@ -11,7 +11,9 @@ from kvarn.models.tokenizer import IncrementalDecoder, Tokenizer
 from kvarn.models.tool_parsers import detect_format
 
 LONG_TEXT: Final = 20_000
-"""Characters from which tokenising (about 1 µs each) would hold up the event loop: a thread does it then."""
+"""Characters or tokens from which tokenising (about 1 µs each) would hold up the event loop: a thread does it."""
+LONG_CONVERSATION: Final = 100
+"""Messages from which rendering would."""
 _RESERVED: Final = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 
 
@@ -44,12 +46,17 @@ class ModelText:
         variables = {name: value for name, value in variables.items() if name not in _RESERVED}
         # "developer" is the newer name of "system"; no template of the models at hand knows it.
         messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
-        prompt = self._template.render(messages, tools or None, **variables)
+        if len(messages) < LONG_CONVERSATION:
+            prompt = self._template.render(messages, tools or None, **variables)
+        else:
+            prompt = await asyncio.to_thread(self._template.render, messages, tools or None, **variables)
         return await self.encode(prompt, add_special_tokens=False)
 
-    def decode(self, tokens: list[int]) -> str:
+    async def decode(self, tokens: list[int]) -> str:
         """Text of `tokens`, special ones spelled out."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        if len(tokens) < LONG_TEXT:
+            return self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special_tokens=False)
 
     def decoder(self, show_special: bool) -> IncrementalDecoder:
         return self._tokenizer.incremental_decoder(skip_special_tokens=not show_special)
