@@ -151,6 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = Workload(repeats=arguments.repeats)
     if arguments.quick:
+        arguments.rounds = 1
         shape = Workload(batches=(1, 4), input_tokens=32, output_tokens=8, prefills=(128,), repeats=1)
     chosen = arguments.only or [name for name in ENGINES if name not in peers.PEERS or peers.is_installed(name)]
     conditions = {**asdict(shape), "rounds": arguments.rounds, "threads": arguments.threads, "model": model.NAME}
@@ -163,7 +164,7 @@ def main() -> None:
             session = run_session(name, workload, arguments.threads, arguments.limit, patience)
             results.add_session(name, session, first=turn == 0)
     render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; {results.path.relative_to(ROOT)} and {results.path.stem}.md written")
+    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turn results into what the documentation shows: NAME.json -> NAME.md (table) and NAME.svg (picture) beside it.
+"""Turn results into what the documentation shows: NAME.json -> NAME.md (table) beside it and docs/assets/NAME.svg.
 
     python -m benchmarks.render                    every file in benchmarks/results
     python -m benchmarks.render FILE.json ...
@@ -18,6 +18,7 @@ from benchmarks.machine import QUIET_CORES
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES = RESULTS.parents[1] / "docs" / "assets"
 NAMES = {
     "kvarn": "kvarn",
     "vllm": "vLLM (CPU)",
@@ -34,7 +35,8 @@ def render(path: Path) -> None:
     data = json.loads(path.read_text())
     table, bars = RENDERERS[data["benchmark"]](data)
     path.with_suffix(".md").write_text("\n".join([*table, "", *_footer(data), ""]))
-    _draw(bars, path.with_suffix(".svg"))
+    # The documentation can only show pictures that lie below it.
+    _draw(bars, (PICTURES if path.parent == RESULTS else path.parent) / f"{path.stem}.svg")
 
 
 def offline_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, float]]]:
@@ -48,7 +50,7 @@ def offline_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, 
     for engine, sessions in _good(data).items():
         runs = {column: _runs(sessions, column) for column in columns}
         figures[engine] = {column: median(rate for rate, _ in pairs) for column, pairs in runs.items()}
-        cells = [_cell(figures[engine][column], [load for _, load in runs[column]]) for column in columns]
+        cells = [_cell([rate for rate, _ in pairs], [load for _, load in pairs]) for pairs in runs.values()]
         loading = median(one["load_seconds"] for one in sessions)
         precision = sessions[0]["about"]["precision"]
         rows.append(f"| {NAMES[engine]} | {precision} | {' | '.join(cells)} | {loading:.1f} |")
@@ -76,23 +78,23 @@ def served_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, f
     rows = []
     for engine, sessions in _good(data).items():
         bursts = [burst for session in sessions for burst in session["bursts"]]
-        one = {
-            "tokens/s": median(burst["output_throughput"] for burst in bursts),
-            "TTFT mean s": median(burst["ttft"]["mean"] for burst in bursts),
-            "TTFT P50 s": median(burst["ttft"]["p50"] for burst in bursts),
-            "TTFT P99 s": median(burst["ttft"]["p99"] for burst in bursts),
-            "TPOT mean s": median(burst["tpot"]["mean"] for burst in bursts),
-            "ITL P50 s": median(burst["itl"]["p50"] for burst in bursts),
-            "ITL P99 s": median(burst["itl"]["p99"] for burst in bursts),
-            "effective tokens/s": median(burst["effective_throughput"] for burst in bursts),
-            "start to first answer s": median(session["start_seconds"] for session in sessions),
+        samples = {
+            "tokens/s": [burst["output_throughput"] for burst in bursts],
+            "TTFT mean s": [burst["ttft"]["mean"] for burst in bursts],
+            "TTFT P50 s": [burst["ttft"]["p50"] for burst in bursts],
+            "TTFT P99 s": [burst["ttft"]["p99"] for burst in bursts],
+            "TPOT mean s": [burst["tpot"]["mean"] for burst in bursts],
+            "ITL P50 s": [burst["itl"]["p50"] for burst in bursts],
+            "ITL P99 s": [burst["itl"]["p99"] for burst in bursts],
+            "effective tokens/s": [burst["effective_throughput"] for burst in bursts],
         }
-        figures[engine] = one
+        starts = [session["start_seconds"] for session in sessions]
+        figures[engine] = {name: median(values) for name, values in samples.items()}
         foreign = [burst["foreign_cores"] for burst in bursts]
         failed = sum(burst["requests"] - burst["completed"] for burst in bursts)
-        cells = [_cell(one["tokens/s"], foreign), *(f"{value:.3g}" for value in list(one.values())[1:]), str(failed)]
-        rows.append(f"| {NAMES[engine]} | {' | '.join(cells)} |")
-    columns = [*next(iter(figures.values()), {}), "failed"]
+        cells = [_cell(values, foreign) for values in samples.values()]
+        rows.append(f"| {NAMES[engine]} | {' | '.join(cells)} | {_cell(starts, [0.0])} | {failed} |")
+    columns = [*next(iter(figures.values()), {}), "start to first answer s", "failed"]
     table = [
         f"Served, OpenAI completions, streaming: {conditions['requests']} requests within {conditions['within']:g} s, "
         f"{conditions['input_tokens']} tokens in, {conditions['output_tokens']} out; readers of "
@@ -133,8 +135,16 @@ def _runs(sessions: list[dict[str, Any]], column: tuple[str, int]) -> list[tuple
     return [pair for one in readings for pair in zip(one["repeats"], one["foreign_cores"], strict=True)]
 
 
-def _cell(value: float, foreign: list[float]) -> str:
-    return f"{value:,.0f}{'*' if median(foreign) > QUIET_CORES else ''}"
+def _cell(values: list[float], foreign: list[float]) -> str:
+    """Median (lowest-highest), with a star when most runs were disturbed."""
+    star = "*" if median(foreign) > QUIET_CORES else ""
+    low, high = _short(min(values)), _short(max(values))
+    spread = f" ({low}-{high})" if low != high else ""
+    return f"{_short(median(values))}{star}{spread}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _footer(data: dict[str, Any]) -> list[str]:
@@ -142,6 +152,7 @@ def _footer(data: dict[str, Any]) -> list[str]:
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
         f"{machine['memory_gib']} GiB; {machine['system']}, Python {machine['python']}. "
+        f"Median (lowest-highest) of {conditions['rounds'] * conditions['repeats']} runs. "
         f"Model {conditions['model']}; {conditions['threads']} threads. {TIE} "
         f"`*`: other processes used more than {QUIET_CORES} cores meanwhile.",
         "",

@@ -206,7 +206,7 @@ def main() -> None:
         for name in chosen if turn % 2 == 0 else reversed(chosen):
             results.add_session(name, run_session(name, specs, arguments, turn), first=turn == 0)
     render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; {results.path.relative_to(ROOT)} and {results.path.stem}.md written")
+    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
 
 
 if __name__ == "__main__":

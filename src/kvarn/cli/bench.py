@@ -46,6 +46,8 @@ class PromptKind(StrEnum):
     text = "text"
 
 
+_BATCH_HELP = "Sequences decoded at once; repeatable [dim](default: 1, 4, 16, 32)[/]."
+_PREFILL_HELP = "Prompt length for prefill; repeatable [dim](default: 512, 2048)[/]."
 _WORKLOAD, _LIMITS, _OUTPUT = "Workload", "Server and limits", "Results"
 
 
@@ -189,16 +191,17 @@ def _write(folder: Path, conditions: dict[str, Any], records: Sequence[RequestRe
 def bench_offline(
     model: Annotated[str, typer.Argument(help="Name, folder, GGUF file or hub id.")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Sequences at once, by commas.")] = "1,4,16,32",
+    batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help=_BATCH_HELP)] = None,
     input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length for decode.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Output length for decode.")] = 128,
-    prefill: Annotated[str, typer.Option(help="Prompt lengths for prefill, by commas.")] = "512,2048",
+    prefill: Annotated[list[int] | None, typer.Option(min=1, help=_PREFILL_HELP)] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the random prompts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
 ) -> None:
     """Decode and prefill speed of kvarn's own engine in this process, greedy, on random prompts."""
-    batches, prefills = _numbers("--batch", batch), _numbers("--prefill", prefill)
+    usual = offline.Workload()
+    batches, prefills = tuple(batch or usual.batches), tuple(prefill or usual.prefills)
     workload = offline.Workload(batches, input_tokens, output_tokens, prefills, repeats, seed)
     with _progress() as progress:
         task = progress.add_task("loading", total=len(batches) + len(prefills))
@@ -217,16 +220,6 @@ def bench_offline(
         what = f"decode, batch {reading.size}" if reading.kind == "decode" else f"prefill, {reading.size} tokens"
         table.add_row(what, f"{reading.tokens_per_second:,.1f}", " ".join(f"{one:,.1f}" for one in reading.repeats))
     Console().print(table)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise KvarnError(f"{option} is {text!r}; expected numbers from 1 on, such as 1,4,16")
-    return numbers
 
 
 def _arrivals(kind: ArrivalKind, within: float, rate: float, cv: float) -> workloads.Arrivals:

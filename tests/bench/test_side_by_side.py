@@ -1,0 +1,106 @@
+"""The scripts that compare engines: figures survive, merge and render as the rules say, and the real engine runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import machine, offline, render, results
+
+from kvarn.simulation.report import RequestRecord, summarize
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "QUICK_FOLDER", tmp_path)
+
+
+def session(decode: list[float], prefill: list[float], foreign: float = 0.0) -> dict[str, Any]:
+    readings = [("decode", 1, decode), ("prefill", 512, prefill)]
+    return {
+        "about": {"version": "1", "precision": "bf16", "settings": "defaults"},
+        "load_seconds": 2.0,
+        "readings": [
+            {"kind": kind, "size": size, "repeats": rates, "foreign_cores": [foreign] * len(rates)}
+            for kind, size, rates in readings
+        ],
+    }
+
+
+CONDITIONS = {
+    "batches": [1], "prefills": [512], "input_tokens": 128, "output_tokens": 128, "rounds": 2, "repeats": 2,
+    "threads": 2, "model": "m",
+}  # fmt: skip
+
+
+def test_a_table_shows_medians_over_rounds_with_their_spread_and_the_ratio_to_the_best() -> None:
+    kept = results.Results("offline", CONDITIONS, merge=False)
+    kept.add_session("kvarn", session([80.0, 90.0], [1000.0, 1000.0]), first=True)
+    kept.add_session("vllm", session([50.0, 50.0], [2000.0, 2000.0], foreign=0.9), first=True)
+    kept.add_session("llamacpp", {"error": "no compiler"}, first=True)
+    kept.add_session("kvarn", session([100.0, 110.0], [1000.0, 1000.0]), first=False)
+    render.render(kept.path)
+    table = kept.path.with_suffix(".md").read_text()
+    assert "| kvarn | bf16 | 95 (80-110) | 1,000 | 2.0 |" in table
+    assert "| vLLM (CPU) | bf16 | 50* | 2,000* | 2.0 |" in table
+    assert "| **kvarn / best other** | | **1.90** | **0.50** | |" in table
+    assert "llama.cpp failed: no compiler" in table
+    assert kept.path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_merging_keeps_the_others_and_replaces_what_is_measured_again() -> None:
+    first = results.Results("offline", CONDITIONS, merge=False)
+    first.add_session("kvarn", session([1.0], [1.0]), first=True)
+    first.add_session("vllm", session([2.0], [2.0]), first=True)
+    again = results.Results("offline", CONDITIONS, merge=True)
+    again.add_session("kvarn", session([3.0], [3.0]), first=True)
+    engines = json.loads(again.path.read_text())["engines"]
+    assert [one["readings"][0]["repeats"] for one in engines["kvarn"]["sessions"]] == [[3.0]]
+    assert [one["readings"][0]["repeats"] for one in engines["vllm"]["sessions"]] == [[2.0]]
+    with pytest.raises(SystemExit, match="other conditions"):
+        results.Results("offline", CONDITIONS | {"threads": 1}, merge=True)
+
+
+def test_served_bursts_become_one_row_a_server() -> None:
+    times = tuple(1.0 + j / 10 for j in range(11))
+    burst = {**summarize([RequestRecord(0.5, 8, times)], stream_rate=20.0).to_json(), "foreign_cores": 0.0}
+    one = {"about": {"version": "1", "precision": "bf16", "settings": "s"}, "start_seconds": 3.0, "bursts": [burst]}
+    conditions = CONDITIONS | {"requests": 1, "within": 1.0, "stream_rate": 20.0}
+    kept = results.Results("served", conditions, merge=False)
+    kept.add_session("kvarn", one, first=True)
+    kept.add_session("llamacpp", one, first=True)
+    render.render(kept.path)
+    table = kept.path.with_suffix(".md").read_text()
+    assert "| kvarn | 7.33 | 0.5 | 0.5 | 0.5 | 0.1 | 0.1 | 0.1 | 7.33 | 3 | 0 |" in table
+    assert "throughput 1.00x, P99 TTFT 1.00x" in table
+
+
+def test_foreign_load_leaves_our_own_work_out() -> None:
+    load = machine.ForeignLoad()
+    sum(range(3_000_000))
+    assert 0.0 <= load.cores() <= machine.describe()["cores"] + 0.5  # type: ignore[operator]
+
+
+def test_the_real_engine_is_measured_in_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["offline", "--quick", "--only", "kvarn"])
+    offline.main()
+    found = json.loads((results.QUICK_FOLDER / "offline.json").read_text())["engines"]["kvarn"]["sessions"]
+    assert "error" not in found[0]
+    assert len(found[0]["sample"]) == offline.SAMPLE_TOKENS
+    assert [(one["kind"], one["size"]) for one in found[0]["readings"]] == [
+        ("decode", 1),
+        ("decode", 4),
+        ("prefill", 128),
+    ]
+    assert "written" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_not_there_is_a_result_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.peers.PEERS_DIR", tmp_path)
+    outcome = offline.run_session("vllm", offline.Workload(), threads=1, limit=5.0, patience=0.0)
+    assert "benchmarks.peers install vllm" in outcome["error"]
