@@ -43,14 +43,22 @@ def test_native_equals_reference(variant: str, case: PagedCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "slots"), [(1, 5000), (7, 3000), (300, 900)])
 def test_long_sequences_split_over_threads_equal_reference(
-    variant: str, dtype: torch.dtype, rows: int, slots: int
+    variant: str, three_threads: None, dtype: torch.dtype, rows: int, slots: int
 ) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert_like_reference(dense_case(rows, slots, dtype))
-    finally:
-        torch.set_num_threads(threads)
+    assert_like_reference(dense_case(rows, slots, dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 20.0, "sinks": True}])
+def test_uneven_batches_on_several_threads_equal_reference(
+    variant: str, three_threads: None, options: dict[str, object]
+) -> None:
+    sequences = [Sequence(40, 1)] * 20 + [Sequence(2500, 2), Sequence(0, 1), Sequence(300, 300)]
+    assert_like_reference(
+        make_case(
+            sequences, dtype=torch.float32, kv_heads=2, group=2, head_dim=32, block_size=16, holes=0.05, permuted=True,
+            fused=True, seed=3, options=options,
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 17, 40])

@@ -129,7 +129,8 @@ struct Chunk {
 template <class T>
 class SlotWalk {
  public:
-  SlotWalk(const AttentionArgs& args, const AttentionTask& task) : args_(args), next_(task.slot_begin), end_(task.slot_end) {
+  SlotWalk(const AttentionArgs& args, const AttentionTask& task)
+      : args_(args), next_(task.slot_begin), end_(task.slot_end) {
     table_ = args.block_tables + task.sequence * args.block_tables_stride;
     keys_ = static_cast<const T*>(args.kv) + task.head_begin * args.head_stride;
     int32_t low = INT32_MAX;
@@ -375,7 +376,8 @@ static void attention_task(const AttentionArgs& args, const AttentionTask& task,
     }
   }
   if (!task.partial) {
-    for (int64_t r = 0; r < t.all_rows; ++r) write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
+    for (int64_t r = 0; r < t.all_rows; ++r)
+      write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
     return;
   }
   for (int64_t r = 0; r < t.all_rows; ++r)
@@ -387,7 +389,8 @@ static void attention_task(const AttentionArgs& args, const AttentionTask& task,
 // Joins the partial results of one tile in place of the first of them.
 template <class T>
 static void merge_task(const AttentionArgs& args, const MergeTask& merge) {
-  int64_t rows = merge.whole.row_count * merge.whole.head_count * args.group, dim = args.head_dim, size = rows * (dim + 2);
+  int64_t rows = merge.whole.row_count * merge.whole.head_count * args.group;
+  int64_t dim = args.head_dim, size = rows * (dim + 2);
   float* into = merge.whole.partial;
   for (int64_t r = 0; r < rows; ++r) {
     float highest = -kInfinity, total = 0.f;

@@ -17,7 +17,8 @@ namespace {
   ((args).is_bfloat16 ? function<bfloat16>(args, __VA_ARGS__) : function<float>(args, __VA_ARGS__))
 
 int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
-  return larger(Tiles<float>(args, rows, kv_heads, nullptr).bytes, Tiles<bfloat16>(args, rows, kv_heads, nullptr).bytes);
+  return args.is_bfloat16 ? Tiles<bfloat16>(args, rows, kv_heads, nullptr).bytes
+                          : Tiles<float>(args, rows, kv_heads, nullptr).bytes;
 }
 void attention(const AttentionArgs& args, const AttentionTask& task, void* scratch) {
   KVARN_BY_DTYPE(attention_task, args, task, static_cast<char*>(scratch));
@@ -32,7 +33,8 @@ void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE
 }  // namespace
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
-    KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge, rms_norm, rope_and_cache, silu_mul,
+    KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
+    rms_norm, rope_and_cache, silu_mul,
 };
 
 }  // namespace kvarn

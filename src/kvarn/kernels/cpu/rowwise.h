@@ -17,7 +17,8 @@ static void rms_norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(args.x) + outer * args.x_outer_stride + inner * args.x_inner_stride;
     T* residual = nullptr;
     if (args.residual)
-      residual = static_cast<T*>(args.residual) + outer * args.residual_outer_stride + inner * args.residual_inner_stride;
+      residual =
+          static_cast<T*>(args.residual) + outer * args.residual_outer_stride + inner * args.residual_inner_stride;
     Floats squares{};
     for (int64_t i = 0; i < n; i += kLanes) {
       Floats v = load(x + i, n - i);

@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #include <stdexcept>
-#include <vector>
 
 namespace kvarn {
 namespace {
@@ -43,7 +42,8 @@ void View::expect_dims(int64_t expected, const char* shape) const {
 }
 
 void View::expect_size(int64_t dim, int64_t expected, const char* why) const {
-  if (size(dim) != expected) fail("size " + std::to_string(expected) + " in dimension " + std::to_string(dim) + " (" + why + ")");
+  if (size(dim) == expected) return;
+  fail("size " + std::to_string(expected) + " in dimension " + std::to_string(dim) + " (" + why + ")");
 }
 
 void View::expect_float() const {
