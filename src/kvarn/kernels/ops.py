@@ -1,9 +1,10 @@
 """Every kernel of kvarn, declared once: its schema, its reference, its fake for tracing, and the function to call.
 
 Tensors go in, tensors come out, without gradients; in-place arguments are named in each docstring. Each op is
-`torch.ops.kvarn.NAME`, so torch.compile, fake tensors and profilers see it. Every device runs the torch reference (`reference.py`) unless a
-faster version is registered for it; the native CPU library (`cpu/`, float32 and bfloat16) is loaded here. Arguments
-that do not fit raise RuntimeError saying what was got and what was expected; the reference may raise torch's own.
+`torch.ops.kvarn.NAME`, so torch.compile, fake tensors and profilers see it. Every device runs the torch reference
+(`reference.py`) unless a faster version is registered for it; the native CPU library (`cpu/`, float32 and bfloat16) is
+loaded here. Arguments that do not fit raise RuntimeError saying what was got and what was expected; the reference may
+raise torch's own.
 
 Shapes: T rows (tokens of all sequences, one after another), S sequences, Hq query heads, Hkv key/value heads (Hq is a
 multiple), D head dimension (a multiple of 8), N blocks of B slots, M blocks in the longest block table.
