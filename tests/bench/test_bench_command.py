@@ -100,6 +100,13 @@ def test_waiting_and_streaming_requests_over_time() -> None:
     assert running.tolist() == [0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("name", ["run.docx", "file/run.png"])
+def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(KvarnError, match="cannot draw into"):
+        plots.draw_run([RequestRecord(0.0, 1, (1.0, 2.0))], tmp_path / name)
+
+
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     with pytest.raises(KvarnError, match="nothing to draw"):
         plots.draw_run([RequestRecord(0.0, 1, error="x")], tmp_path / "run.png")

@@ -67,11 +67,11 @@ def bench_serve(
     ] = 2.0,
     input_tokens: Annotated[int, typer.Option(help="Prompt length (mean).", rich_help_panel=_WORKLOAD)] = 128,
     input_deviation: Annotated[
-        float, typer.Option(help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
+        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
     ] = 0.0,
     output_tokens: Annotated[int, typer.Option(help="Output length (mean).", rich_help_panel=_WORKLOAD)] = 128,
     output_deviation: Annotated[
-        float, typer.Option(help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
+        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
     ] = 0.0,
     trace: Annotated[Path | None, typer.Option(help="Replay its first -n instead.", rich_help_panel=_WORKLOAD)] = None,
     trace_format: Annotated[
@@ -79,12 +79,14 @@ def bench_serve(
     ] = TraceFormat.kvarn,
     speed: Annotated[float, typer.Option(help="trace: replay so many times as fast.", rich_help_panel=_WORKLOAD)] = 1.0,
     max_input: Annotated[
-        int | None, typer.Option(help="trace: cut prompts to this.", rich_help_panel=_WORKLOAD)
+        int | None, typer.Option(min=1, help="trace: cut prompts to this.", rich_help_panel=_WORKLOAD)
     ] = None,
     max_output: Annotated[
-        int | None, typer.Option(help="trace: cut outputs to this.", rich_help_panel=_WORKLOAD)
+        int | None, typer.Option(min=1, help="trace: cut outputs to this.", rich_help_panel=_WORKLOAD)
     ] = None,
-    stream_rate: Annotated[float, typer.Option(help="Tokens/s a reader reads.", rich_help_panel=_WORKLOAD)] = 20.0,
+    stream_rate: Annotated[
+        float, typer.Option(min=0, help="Tokens/s read; 0: no reader.", rich_help_panel=_WORKLOAD)
+    ] = 20.0,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and content.", rich_help_panel=_WORKLOAD)] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use /chat/completions.", rich_help_panel=_LIMITS)] = False,
     prompts: Annotated[PromptKind, typer.Option(help="How to send them.", rich_help_panel=_LIMITS)] = PromptKind.tokens,
@@ -94,9 +96,11 @@ def bench_serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request.", rich_help_panel=_LIMITS)] = 600.0,
     warmup: Annotated[int, typer.Option(min=0, help="Requests before measuring.", rich_help_panel=_LIMITS)] = 2,
     slo_ttft: Annotated[
-        float | None, typer.Option(help="Goodput: seconds to first token.", rich_help_panel=_OUTPUT)
+        float | None, typer.Option(min=0, help="Goodput: seconds to first token.", rich_help_panel=_OUTPUT)
     ] = None,
-    slo_tpot: Annotated[float | None, typer.Option(help="Goodput: seconds per token.", rich_help_panel=_OUTPUT)] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(min=0, help="Goodput: seconds per token.", rich_help_panel=_OUTPUT)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.", rich_help_panel=_OUTPUT)] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder for report and requests.", rich_help_panel=_OUTPUT)
@@ -131,14 +135,14 @@ def bench_serve(
         _load(endpoint, model, specs, maker, warmup,
               chat=chat, text_prompts=text, ignore_eos=ignore_eos, concurrency=concurrency, timeout=timeout)
     )  # fmt: skip
-    report = summarize(records, slo=Slo(ttft=slo_ttft, tpot=slo_tpot), stream_rate=stream_rate)
+    report = summarize(records, slo=Slo(ttft=slo_ttft, tpot=slo_tpot), stream_rate=stream_rate or None)
     if output is not None:
         _write(output, conditions | {"model": name}, records, report)
-    if plot is not None:
-        plots.draw_run(records, plot, title=f"{name}: {report.completed} of {report.requests} requests")
     _print(report, conditions | {"model": name}, specs, records, as_json)
     if not report.completed:
         raise typer.Exit(1)
+    if plot is not None:
+        plots.draw_run(records, plot, title=f"{name}: {report.completed} of {report.requests} requests")
 
 
 async def _load(

@@ -27,8 +27,13 @@ def draw_run(records: Sequence[RequestRecord], path: Path, title: str = "") -> N
     _draw_tokens(axes[1][0], done, start)
     _draw_in_flight(axes[1][1], done, start)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise KvarnError(
+            f"cannot draw into {path}: {error}; name a .png, .svg or .pdf file that can be written"
+        ) from error
 
 
 def running_and_queued(
