@@ -167,3 +167,20 @@ def test_real_weights_through_the_generic_decoder(model_folder: Path) -> None:
     assert generic.spec.kv_bytes_per_token == fused.spec.kv_bytes_per_token
     prompt = list(range(1000, 1050))
     assert_close(PagedRunner(generic).step({0: prompt}), PagedRunner(fused).step({0: prompt}))
+
+
+def test_a_model_that_attends_otherwise_than_it_says_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading compares paged attention with the model's own: here the scale that the model hands over is off."""
+    from transformers.models.phi3 import modeling_phi3
+
+    class OtherScale(modeling_phi3.Phi3Attention):  # type: ignore[misc]
+        def forward(self, *arguments: Any, **named: Any) -> Any:
+            self.scaling = self.head_dim**-0.5 * (1.0 if self.config._attn_implementation == "eager" else 0.5)
+            return super().forward(*arguments, **named)
+
+    files = save_model(GENERIC["phi3"](), tmp_path)
+    monkeypatch.setattr(modeling_phi3, "Phi3Attention", OtherScale)
+    with pytest.raises(ModelError, match="cosine"):
+        load_decoder(files, dtype="float32")

@@ -25,8 +25,9 @@ from kvarn.models.spec import ForwardBatch, KVMemory, ModelSpec
 _ATTENTION: Final = "kvarn_paged"
 _CHECK_TOKENS: Final = 12
 """Length of each of the two sequences that loading compares."""
-_CHECK_SIMILARITY: Final = {torch.float32: 0.9999, torch.bfloat16: 0.97}
-"""Least cosine between paged and eager logits; a wrong position, mask or scale falls far below."""
+_CHECK_SIMILARITY: Final = {torch.float32: (0.0, 0.9999), torch.bfloat16: (0.5, 0.97)}
+"""(quantile of rows, least cosine there) between paged and eager logits. A wrong position, mask or scale shows in all
+rows; in bfloat16 single rows may differ honestly, where rounding sends a token to another expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +247,9 @@ def _check_against_eager(decoder: TransformersDecoder) -> None:
     )
     paged = decoder.forward(batch, kv).float()
     eager = torch.cat([decoder.eager_logits(row) for row in tokens]).float()
-    similarity = float(torch.nn.functional.cosine_similarity(paged, eager, dim=-1).min())
-    if not similarity >= _CHECK_SIMILARITY[spec.dtype]:
+    quantile, least = _CHECK_SIMILARITY[spec.dtype]
+    similarity = float(torch.nn.functional.cosine_similarity(paged, eager, dim=-1).quantile(quantile))
+    if not similarity >= least:
         raise ModelError(
             f"{spec.name} ({spec.architecture}) gives other results over paged KV memory than by itself "
             f"(cosine {similarity:.4f}); its attention does something kvarn does not know, so it cannot be served"

@@ -118,4 +118,16 @@ def free_bytes(device: torch.device) -> int:
     if not info.exists():  # not Linux: let the system decide
         return 1 << 62
     fields = dict(line.split(":") for line in info.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) << 10
+    return min(int(fields["MemAvailable"].split()[0]) << 10, _free_in_container())
+
+
+def _free_in_container() -> int:
+    """What the container (cgroup v2) may still take; its file cache counts as free."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return 1 << 62
+    return limit - used + int(stat["file"])

@@ -175,7 +175,8 @@ class _SentencePieceSpelling:
 
 def _spelling(backend: tokenizers.Tokenizer) -> _ByteLevelSpelling | _SentencePieceSpelling | None:
     """Which spelling the tokenizer's decoder undoes; None for any other kind."""
-    decoder = json.loads(backend.to_str()).get("decoder") or {} if backend.decoder is not None else {}
+    # The decoder's pickled state is its part of tokenizer.json; writing the whole of it would take a second.
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     if decoder.get("type") == "ByteLevel":
         return _ByteLevelSpelling()
     steps = decoder.get("decoders", [])
