@@ -1,7 +1,8 @@
 """`PackedLinear`: x @ weight.T + bias with the weight laid out once for the matrix kernels of this CPU.
 
-oneDNN otherwise re-orders the weight in every call; packed, it is 1.5 to 2.5 times as fast at the batch sizes of
-decoding (bf16, 1 to 32 rows, measured). Elsewhere (GPU, builds without oneDNN) it is plain `linear`.
+oneDNN otherwise re-orders the weight in every call. Packed, a bf16 product of SmolLM2's shapes takes half the time at 1
+to 4 rows, 0.75 of it at 16, and never more (one core, measured). Elsewhere (GPU, builds without oneDNN) it is plain
+`linear`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import linear
 
 _BATCH_HINT: Final = 32
-"""Rows that the packed layout is chosen for. bf16 layouts do not depend on it; fp32's best overall is 32."""
+"""Rows that the layout is chosen for. bf16 is the same for 1, 32 and 512; fp32 at 4 rows takes twice as long for 1."""
 
 
 class PackedLinear:
