@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kTileRows = 48;            // query rows times heads of a group in one task
 constexpr int64_t kTasksPerThread = 4;       // so that uneven tasks still end together
 constexpr int64_t kShortestSplit = 128;      // slots; below, merging costs more than the split wins
-constexpr int64_t kParallelWork = 1 << 18;  // multiply-adds, some 20 us; below, waking a thread costs more than it helps
+constexpr int64_t kParallelWork = 1 << 18;  // multiply-adds, some 20 us; below, waking a thread does not pay
 
 struct Plan {
   std::vector<AttentionTask> tasks;
