@@ -52,7 +52,7 @@ class EngineProcess:
             env=os.environ | {"OMP_NUM_THREADS": str(threads)} | own_path,
             start_new_session=True,
         )  # fmt: skip
-        self._timer = threading.Timer(limit, self._kill)
+        self._timer = threading.Timer(limit, peers.stop_group, [self._process])
         self._timer.start()
         self._threads = threads
         self.foreign: list[float] = []
@@ -96,16 +96,12 @@ class EngineProcess:
             raise EngineFailed(answer["error"])
         return dict(answer)
 
-    def _kill(self) -> None:
-        peers.kill_group(self._process)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        self._kill()
-        self._process.wait()
+        peers.stop_group(self._process)
         self._log.close()
 
 
@@ -144,7 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of every engine (default 2)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each figure in a turn (default 2)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds an engine's turn may take (default 240)")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds an engine's turn may take (default 300)")
     parser.add_argument(
         "--patience", type=float, default=20.0, help="seconds to wait for quiet before a run (default 20)"
     )

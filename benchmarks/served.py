@@ -122,8 +122,7 @@ def run_session(name: str, specs: list[RequestSpec], arguments: argparse.Namespa
                 print(f"{name:13} first answer after {seconds:.1f} s", flush=True)
                 bursts = [_burst(name, load, specs, arguments, turn, repeat) for repeat in range(arguments.repeats)]
             finally:
-                peers.kill_group(process)
-                process.wait()
+                peers.stop_group(process)
         return {"about": about, "start_seconds": seconds, "bursts": bursts}
     except (ServerFailed, FileNotFoundError, KvarnError) as error:
         print(f"{name:13} failed: {error}", file=sys.stderr, flush=True)

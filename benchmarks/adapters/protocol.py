@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -48,6 +49,7 @@ Load = Callable[[dict[str, Any]], tuple[Generate, dict[str, str]]]
 
 def serve(load: Load) -> None:
     """Answer the benchmark until it closes our stdin. `load` gives the engine and what to say about it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -67,5 +69,4 @@ def serve(load: Load) -> None:
     except Exception as error:
         traceback.print_exc()
         answer({"error": f"{type(error).__name__}: {error}"})
-    answers.flush()
-    os._exit(0)  # some engines hang in their own shutdown; nothing is left to save
+    # The end is an ordinary one, and so is SIGTERM's: engines give back shared memory and processes of their own.
