@@ -72,7 +72,7 @@ def test_half_a_request_and_a_reset_connection_do_no_harm(server: ServerProcess)
 
 def test_killed_engine_fails_its_requests_and_the_next_one_is_served(tmp_path: Path):
     with serve("--kv-memory", "64MiB") as server, server.client() as client:
-        with client.stream("POST", "/v1/completions", json=_body(4000)) as response:
+        with client.stream("POST", "/v1/completions", json=_body(2000)) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
             os.kill(server.engine_pid(), signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_overload_is_refused_with_retry_after():
     with serve("--kv-memory", "64MiB", "--max-running", "2", "--max-queued", "4") as server:
         answers = asyncio.run(burst(server.url))
         codes = {answer.status_code for answer in answers}
-        assert codes == {200, 429}
+        assert codes == {200, 429}, server.log.read_text()
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"

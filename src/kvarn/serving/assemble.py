@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from kvarn.errors import CapacityError
+from kvarn.errors import CapacityError, ModelError
 from kvarn.models.loader import free_bytes, load_decoder, usable_device
 from kvarn.models.sources import resolve
 from kvarn.models.spec import ModelSpec
+from kvarn.models.tokenizer import tokenizer_file
 from kvarn.serving.clock import Clock, MonotonicClock
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
@@ -58,11 +59,10 @@ def load_engine(
     max_context = min(config.max_context or spec.max_context, spec.max_context)
     progress("allocating the KV pool", 0.0)
     kv = allocate_kv(spec, _count_blocks(config, spec, max_context, device), config.block_size, device)
-    grammars = GrammarFactory(files.folder / "tokenizer.json", min(spec.eos_tokens, default=0), spec.vocab_size)
     executor = TorchExecutor(
         decoder,
         kv,
-        Sampler(spec.vocab_size, grammars),
+        Sampler(spec.vocab_size, _grammars(files.folder, spec)),
         max_rows=config.token_budget,
         max_requests=config.max_running,
         max_context=max_context,
@@ -79,6 +79,15 @@ def load_engine(
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder)
+
+
+def _grammars(folder: Path, spec: ModelSpec) -> GrammarFactory | None:
+    """Constrained decoding for this model; None without a tokenizer: such a model still runs on token ids."""
+    try:
+        path = tokenizer_file(folder)
+    except ModelError:
+        return None
+    return GrammarFactory(path, min(spec.eos_tokens, default=0), spec.vocab_size)
 
 
 def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, device: torch.device) -> int:

@@ -8,6 +8,7 @@ SIGTERM, or when its standard input closes, which is how it notices that its par
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import logging
 import os
@@ -190,6 +191,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    faulthandler.enable()  # a crash in native code leaves the stack it came from
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the API process, which drains first
 

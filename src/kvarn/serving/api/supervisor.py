@@ -128,7 +128,8 @@ class EngineSupervisor:
                 # Its last words (StartFailed) may still be on their way through the socket.
                 await asyncio.wait({listening}, timeout=0.2)
             if listening.done():
-                return listening.result()
+                error = listening.exception()
+                return listening.result() if error is None else f"its message could not be handled: {error!r}"
             return f"exit status {process.returncode}"
         finally:
             self._mark_down(link)
