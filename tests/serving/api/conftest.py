@@ -67,7 +67,7 @@ def running(environment: dict[str, str] | None = None, *, wait: bool = True, **c
         folder = Path(name)
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), json.dumps({"port": 0} | config)],
-            env=os.environ | {"KVARN_STANDIN_LOG": str(folder / "engine.jsonl")} | (environment or {}),
+            env=os.environ | {"KVARN_STANDIN_LOG": str(folder / "engine.jsonl"), "TMPDIR": name} | (environment or {}),
             stdout=log,
             stderr=log,
             text=True,

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -198,3 +199,12 @@ def test_retrying_clients_do_not_notice_a_dead_engine(start: Any) -> None:
             for future in asking:
                 future.result()
         assert set(texts) == {"steady"}
+
+
+def test_a_temporary_folder_with_a_long_path_is_no_obstacle(start: Any, tmp_path: Path) -> None:
+    """Sockets in files have short names only; the processes then speak over the loopback interface."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    with start({"TMPDIR": str(folder)}) as server:
+        answer = server.openai().completions.create(model="smollm2", prompt="fine", max_tokens=5)
+        assert answer.choices[0].text == "fine" and not list(folder.iterdir())

@@ -29,6 +29,9 @@ from kvarn.serving.api.messages import (
     TokenOutput,
 )
 
+LONGEST_FOLDER = 70
+"""Characters of the temporary folder's path that leave room for ours: a socket's path may have about 100."""
+
 
 class Mailbox:
     """News for one reader, in order of arrival. `put` and `fail` never wait; `get` takes all there is."""
@@ -85,7 +88,7 @@ class EngineLink:
             socket.set_hwm(0)
             socket.linger = 0
         self._directory: Path | None = None
-        if zmq.has("ipc"):
+        if zmq.has("ipc") and len(tempfile.gettempdir()) <= LONGEST_FOLDER:
             self._directory = Path(tempfile.mkdtemp(prefix="kvarn-"))
             self._push.bind(f"ipc://{self._directory}/to")
             self._pull.bind(f"ipc://{self._directory}/from")
