@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from tests.conftest import ServerProcess, serve, wait_until
+
+CHECKS = (not_a_server_error, response_schema_conformance, status_code_conformance)
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +23,19 @@ def small_server() -> Iterator[ServerProcess]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def api_schema(small_server: ServerProcess) -> Any:
-    return schemathesis.openapi.from_url(f"{small_server.url}/openapi.json")
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["allowed", "forbidden"])
+def test_no_input_breaks_the_server(small_server: ServerProcess, mode: GenerationMode):
+    schema = schemathesis.openapi.from_url(f"{small_server.url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
+    for operation in operations if mode is GenerationMode.POSITIVE else [o for o in operations if o.body]:
 
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def send(case: schemathesis.Case) -> None:
+            case.validate_response(case.call(timeout=60), checks=CHECKS)
 
-schema = schemathesis.pytest.from_fixture("api_schema")
-
-
-@schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_input_breaks_the_server(case: schemathesis.Case):
-    response = case.call(timeout=60)
-    case.validate_response(response, checks=(not_a_server_error, response_schema_conformance, status_code_conformance))
+        send()
 
 
 def test_nothing_is_left_behind(small_server: ServerProcess):

@@ -165,7 +165,8 @@ def _end_with_parent() -> None:
     """Exit at once when standard input closes: the parent is gone and nobody waits for our tokens."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(1):
+        # Not through sys.stdin: a thread blocked in its buffer makes the interpreter's exit abort.
+        while os.read(0, 1):
             pass
         os._exit(0)
 
