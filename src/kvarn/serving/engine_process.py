@@ -39,6 +39,8 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
 from kvarn.serving.request import FinishReason, Request
 
+_log = logging.getLogger(__name__)
+
 _STATS_INTERVAL = 0.25
 """Seconds between two EngineStats at least."""
 
@@ -83,16 +85,24 @@ class EngineProcess:
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
-                try:
-                    self.engine.add(self._request(message))
-                except RequestError as error:
-                    refusal = TokenOutput(message.id, [], FinishReason.ERROR.value)
-                    refusal.error, refusal.error_field = str(error), error.field or ""
-                    self.outbox.send(StepOutputs([refusal]))
+                self._add(message)
             case Cancel():
                 self.engine.cancel(message.id)
             case Shutdown():
                 self.stop()
+
+    def _add(self, message: Submit) -> None:
+        """Hand a request to the engine, or refuse it: what is wrong with one must not end the others."""
+        try:
+            self.engine.add(self._request(message))
+            return
+        except RequestError as error:
+            reason, field = str(error), error.field or ""
+        except Exception as error:
+            _log.exception("request %s could not be prepared", message.id)
+            reason, field = f"the request could not be prepared: {error}", None
+        refusal = TokenOutput(message.id, [], FinishReason.ERROR.value, error=reason, error_field=field)
+        self.outbox.send(StepOutputs([refusal]))
 
     def _request(self, message: Submit) -> Request:
         now = self.engine.clock.now()

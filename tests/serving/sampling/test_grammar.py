@@ -168,6 +168,8 @@ def test_a_tokenizer_larger_than_the_model_is_cut(tokenizer_path: Path) -> None:
         (Grammar("json_schema", '{"type": '), "not JSON"),
         (Grammar("json_schema", "[1]"), "expected an object"),
         (Grammar("json_schema", '{"not": {"type": "string"}}'), "not"),
+        (Grammar("json_schema", '{"properties": {"a": ' * 150 + "{}" + "}}" * 150), "recursion limit"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "nothing satisfies it"),
         (Grammar("regex", "(ab"), "unclosed group"),
         (Grammar("lark", "start: missing"), "missing"),
         (Grammar("yaml", ""), "expected json_object, json_schema, regex or lark"),

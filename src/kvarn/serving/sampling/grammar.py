@@ -97,15 +97,19 @@ class GrammarFactory:
         from llguidance import LLMatcher, LLParserLimits
 
         tokenizer = self._load_tokenizer()
-        source = _to_llguidance(grammar)
+        try:
+            source = _to_llguidance(grammar)
+        except ValueError as error:  # nested too deeply for llguidance's parser
+            raise _unusable(grammar, str(error)) from error
         # Verbose errors would put the parser's state, and with it other people's schemas, into messages and logs.
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
-            raise RequestError(
-                f"the {grammar.kind} grammar cannot be used: {_reason(matcher.get_error())}; "
-                "correct it or leave out what is not supported",
-                field=_FIELD,
-            )
+            raise _unusable(grammar, matcher.get_error())
+        # A grammar without a single text (a schema that only refers to itself) shows when it is first used.
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()
+        if probe.is_error():
+            raise _unusable(grammar, f"nothing satisfies it ({_reason(probe.get_error())})")
         return matcher
 
     def _load_tokenizer(self) -> LLTokenizer:
@@ -154,6 +158,13 @@ def _parse_schema(source: str) -> str:
     if not isinstance(schema, dict | bool):
         raise RequestError(f"the JSON schema is a {type(schema).__name__}; expected an object", field=_FIELD)
     return json.dumps(schema if isinstance(schema, dict) else ({} if schema else {"not": {}}))
+
+
+def _unusable(grammar: Grammar, message: str) -> RequestError:
+    return RequestError(
+        f"the {grammar.kind} grammar cannot be used: {_reason(message)}; correct it or leave out what is not supported",
+        field=_FIELD,
+    )
 
 
 def _reason(message: str) -> str:
