@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
+from kvarn.serving.api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 from tests.serving.api.conftest import Server
 
 JSON = {"content-type": "application/json"}
@@ -84,6 +92,34 @@ def test_impossible_values_name_their_field(server: Server, path: str, body: obj
 )
 def test_malformed_bodies_are_client_errors(server: Server, body: bytes) -> None:
     assert post(server, "/v1/completions", body)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [True] * 5000}),
+        (CompletionRequest, {"prompt": [[None] * 5000]}),
+        (CompletionRequest, {"prompt": "x", "stop": [1] * 5000, "stop_token_ids": ["x"] * 5000}),
+        (ChatRequest, {"messages": [1] * 5000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 5000, "tool_calls": [1] * 5000}]}),
+        (ChatRequest, {"messages": MESSAGES, "tools": [1] * 5000}),
+        (ResponsesRequest, {"input": [1] * 5000, "tools": [1] * 5000}),
+        (ResponsesRequest, {"input": [{"role": "user", "content": [1] * 5000, "output": [1] * 5000}]}),
+        (TokenizeRequest, {"messages": [1] * 5000, "tools": [1] * 5000}),
+        (DetokenizeRequest, {"tokens": ["x"] * 5000}),
+    ],
+)
+def test_a_list_of_wrong_items_costs_one_error_and_not_one_an_item(
+    model: type[BaseModel], body: dict[str, object]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() <= 6
+
+
+def test_an_object_of_many_wrong_entries_is_refused_with_their_number(server: Server) -> None:
+    status, error = post(server, CHAT, {"messages": MESSAGES, "logit_bias": {f"x{i}": 1 for i in range(5000)}})
+    assert (status, error["code"]) == (400, "invalid_value") and "5000" in error["message"]
 
 
 def test_odd_text_is_served(server: Server) -> None:

@@ -1,6 +1,7 @@
 """What clients may send, field by field. Wrong types are refused; fields that are not named here are ignored.
 
-Names and meanings are OpenAI's; those marked "extension" are the ones vLLM's clients send beside them.
+Names and meanings are OpenAI's; those marked "extension" are the ones vLLM's clients send beside them. Lists are
+checked up to their first wrong item (`fail_fast`): millions of wrong items must not cost millions of error messages.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SamplingFields(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MAX_N)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -53,7 +54,9 @@ class SamplingFields(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="extension")
     min_tokens: int | None = Field(None, ge=0, le=_INT32, description="extension; no end before this many tokens")
     ignore_eos: bool | None = Field(None, description="extension; generate up to max_tokens whatever comes")
-    stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = Field(None, description="extension")
+    stop_token_ids: Annotated[list[Token], Field(max_length=1024, fail_fast=True)] | None = Field(
+        None, description="extension"
+    )
     include_stop_str_in_output: bool | None = Field(None, description="extension")
     skip_special_tokens: bool | None = Field(None, description="extension; default true")
     priority: int | None = Field(None, ge=-_INT32, le=_INT32, description="extension; lower runs first")
@@ -84,9 +87,9 @@ class ContentPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
@@ -130,12 +133,12 @@ ToolMode = Literal["none", "auto", "required"]
 
 
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: ToolMode | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -144,9 +147,12 @@ class ChatRequest(SamplingFields):
 
 Prompt = (
     str
-    | Annotated[list[Token], Field(min_length=1)]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[
+        list[Annotated[list[Token], Field(min_length=1, fail_fast=True)]],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    ]
 )
 
 
@@ -165,15 +171,15 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
 # ---- /v1/responses ---------------------------------------------------------------------------------------
@@ -184,11 +190,11 @@ class InputItem(Body):
 
     type: Literal["message", "function_call", "function_call_output"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ContentPart] | None = None
+    output: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
 
 class ResponseTool(Body):
@@ -217,14 +223,14 @@ class TextOptions(Body):
 
 class ResponsesRequest(Body):
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=_INT32)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
     text: TextOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], Field(fail_fast=True)] | None = None
     tool_choice: ToolMode | NamedResponseTool | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
