@@ -62,8 +62,9 @@ class Completions:
             priority=body.priority or 0,
             tenant=tenant,
         )
-        generation = service.generate(new_id("cmpl-"), ask, link, arrival)
-        writer = _Writer(service, generation, await self._echoes(body, prompts))
+        echoes = await self._echoes(body, prompts)
+        generation = service.generate(new_id("cmpl-"), ask, link, arrival)  # from here on nothing may wait unguarded
+        writer = _Writer(service, generation, echoes)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(generation, writer.events(include_usage=usage))
@@ -78,7 +79,7 @@ class Completions:
         elif isinstance(prompt[0], int):
             prompts = [prompt]
         elif isinstance(prompt[0], str):
-            prompts = [await self._service.text.encode(text) for text in prompt]
+            prompts = await self._service.text.encode_all(prompt)
         else:
             prompts = prompt
         if any(not tokens for tokens in prompts):

@@ -32,9 +32,17 @@ class ModelText:
         return cls(Tokenizer.load(folder), ChatTemplate.load(folder))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        if len(text) < LONG_TEXT:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return (await self.encode_all([text], add_special_tokens=add_special_tokens))[0]
+
+    async def encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The tokens of each text. Many short ones hold up the event loop as one long one does."""
+
+        def tokens() -> list[list[int]]:
+            return [self._tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) < LONG_TEXT:
+            return tokens()
+        return await asyncio.to_thread(tokens)
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: dict[str, Any]
