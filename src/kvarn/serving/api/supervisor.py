@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ class EngineSupervisor:
             if not self.first_ready.is_set():
                 raise KvarnError(failure)
             pause = FIRST_PAUSE if clock() - began > HEALTHY_AFTER else pause
-            _log.error("engine process ended (%s); starting another in %.1f s", failure, pause)
+            _log.error("%s; starting another engine process in %.1f s", failure, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -118,7 +119,11 @@ class EngineSupervisor:
     async def _one_life(self) -> str:
         """Start a process and relay what it says until it ends; the reason it ended."""
         link = EngineLink()
-        process = self._process = self._spawn(link)
+        try:
+            process = self._process = self._spawn(link)
+        except OSError as failure:  # no memory for a process, or no such program
+            link.close()
+            return f"the engine process cannot be started: {failure.strerror}"
         # A thread waits for the end: it works in any thread and on any platform, unlike asyncio's child watchers.
         ended = asyncio.ensure_future(asyncio.to_thread(process.wait))
         listening = asyncio.ensure_future(self._listen(link))
@@ -129,8 +134,8 @@ class EngineSupervisor:
                 await asyncio.wait({listening}, timeout=0.2)
             if listening.done():
                 error = listening.exception()
-                return listening.result() if error is None else f"its message could not be handled: {error!r}"
-            return f"exit status {process.returncode}"
+                return listening.result() if error is None else f"the engine cannot be understood: {error!r}"
+            return _epitaph(process.returncode)
         finally:
             self._mark_down(link)
             process.kill()
@@ -182,3 +187,14 @@ class EngineSupervisor:
             self._changed.clear()
             self._on_up(False)
         link.fail_all(EngineDead("the engine process ended while this request was running; send it again"))
+
+
+def _epitaph(status: int) -> str:
+    """What to say of an engine process that ended without a word; negative numbers are signals."""
+    if status == -signal.SIGKILL:
+        return (
+            "the engine process was killed, most often because memory ran out (--kv-memory and --max-running need less)"
+        )
+    if status < 0:
+        return f"the engine process was ended by signal {-status}; what it wrote before says where"
+    return f"the engine process ended with exit status {status}; what it wrote before says why"
