@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvarn.cli.main import app
+from kvarn.serving.executors.torch_executor import TorchExecutor
 from tests.conftest import ServerProcess
 
 
@@ -45,6 +50,26 @@ def test_chat_reads_lines_and_commands(server: ServerProcess):
     assert done.stdout.count("tokens/s") == 1
 
 
+def test_chat_goes_on_after_an_error(server: ServerProcess):
+    lines = "word " * 9000 + "\nHello\n/exit\n"
+    done = kvarn("chat", "--base-url", f"{server.url}/v1", "--max-tokens", "8", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert "context" in done.stdout and done.stdout.count("tokens/s") == 1
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_generate_says_what_broke_and_exits_1(monkeypatch: pytest.MonkeyPatch, as_json: bool):
+    def fail(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(TorchExecutor, "execute", fail)
+    done = CliRunner().invoke(app, ["generate", "hi", *(["--json"] if as_json else [])])
+    assert done.exit_code == 1
+    assert "error: the forward pass failed: boom" in done.stderr
+    if as_json:
+        assert json.loads(done.stdout)["error"] == "the forward pass failed: boom"
+
+
 def test_model_inspect_and_list():
     facts = json.loads(kvarn("model", "inspect", "smollm2", "--json").stdout)
     assert facts["architecture"] == "LlamaForCausalLM" and facts["kv_bytes_per_token_bfloat16"] == 23_040
@@ -68,10 +93,14 @@ def test_bench_serve_reports_json(server: ServerProcess):
         (("generate",), "no prompt"),
         (("generate", "hi", "--model", "no-such-model"), "no-such-model"),
         (("generate", "hi", "--temperature", "9"), "temperature"),
+        (("generate", "hi", "--max-tokens", "0"), "max-tokens"),
+        (("serve", "--threads", "100000000"), "threads"),
+        (("serve", "--max-running", "1000000000000"), "max_running"),
         (("generate", "hi", "--dtype", "float7"), "float7"),
         (("generate", "word " * 9000), "context"),
         (("generate", "hi", "--file", "absent.txt"), "absent.txt"),
         (("chat", "--base-url", "http://127.0.0.1:9", "--once", "hi"), "kvarn serve"),
+        (("chat", "--base-url", "http://[::1", "--once", "hi"), "http://[::1"),
         (("model", "inspect", "absent.gguf"), "absent.gguf"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -80,6 +109,26 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], 
     done = kvarn(*arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[]", '{"data": []}'])
+def test_chat_with_something_that_is_no_openai_server(answer: str):
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as elsewhere:
+        thread = threading.Thread(target=elsewhere.handle_request)
+        thread.start()
+        done = kvarn("chat", "--base-url", f"http://127.0.0.1:{elsewhere.server_port}", "--once", "hi")
+        thread.join()
+    assert done.returncode == 2
+    assert "no model" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_corrupt_files_are_named(tmp_path: Path, model_folder: Path):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kvarn.errors import KvarnError
 
@@ -46,10 +47,7 @@ def chat(
 ) -> None:
     """Chat with a running server; shows how fast the answer came."""
     console = Console(highlight=False)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(
-        base_url=base_url.rstrip("/") + "/", headers=headers, timeout=httpx.Timeout(10, read=600)
-    ) as client:
+    with _client(base_url, api_key) as client:
         model = model or _first_model(client)
         conversation = Conversation()
         conversation.set_system(system)
@@ -69,7 +67,21 @@ def chat(
                 case [command, *_] if command.startswith("/"):
                     console.print(f"[dim]{_HELP}[/]")
                 case [_, *_]:
-                    _answer(console, client, conversation, text, settings)
+                    try:
+                        _answer(console, client, conversation, text, settings)
+                    except KvarnError as error:  # too long, too busy: the conversation so far is still good
+                        conversation.messages.pop()
+                        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+
+
+def _client(base_url: str, api_key: str) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        return httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=httpx.Timeout(10, read=600))
+    except httpx.InvalidURL as error:
+        raise KvarnError(
+            f"--base-url is {base_url!r} ({error}); expected something like http://127.0.0.1:8000/v1"
+        ) from error
 
 
 def _inputs(console: Console) -> Iterator[str]:
@@ -144,7 +156,12 @@ def _first_model(client: httpx.Client) -> str:
         ) from error
     if response.is_error:
         raise KvarnError(_reason(response))
-    name: str = response.json()["data"][0]["id"]
+    try:
+        name: str = response.json()["data"][0]["id"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise KvarnError(
+            f"{client.base_url} lists no model; is it an OpenAI server, and does the URL end in /v1?"
+        ) from error
     return name
 
 

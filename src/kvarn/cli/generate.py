@@ -28,7 +28,7 @@ def generate(
     ] = "smollm2",
     file: Annotated[Path | None, typer.Option(help="One prompt a line, all generated in one batch.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
@@ -65,10 +65,15 @@ def generate(
     results = engine.generate(prompts, params, on_token=printer.on_token if printer else None)
     if printer is not None:
         printer.finish()
-        return
-    for tokens, result in zip(prompts, results, strict=True):
-        record = _record(tokenizer, len(tokens), result)
-        print(json.dumps(record, ensure_ascii=False) if as_json else record["text"] + "\n")
+    else:
+        for tokens, result in zip(prompts, results, strict=True):
+            record = _record(tokenizer, len(tokens), result)
+            print(json.dumps(record, ensure_ascii=False) if as_json else record["text"] + "\n")
+    errors = dict.fromkeys(result.error for result in results if result.error)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if errors:
+        raise typer.Exit(1)
 
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:
@@ -95,6 +100,7 @@ def _record(tokenizer: Tokenizer, prompt_tokens: int, result: Generation) -> dic
     return {
         "text": tokenizer.decode(result.token_ids),
         "finish_reason": result.finish_reason,
+        "error": result.error,
         "prompt_tokens": prompt_tokens,
         "output_tokens": len(result.token_ids),
         "ttft_seconds": times[0] if times else None,

@@ -38,9 +38,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for field, choices in (("dtype", get_args(DType)), ("policy", get_args(PolicyName))):
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
-        for field, low in (
-            ("max_context", 0), ("max_running", 1), ("token_budget", 1), ("block_size", 1),
-            ("kv_memory_bytes", 0), ("threads", 0),
+        for field, low, high in (
+            ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20), ("block_size", 1, 2**16),
+            ("kv_memory_bytes", 0, 2**63 - 1), ("threads", 0, 2**10),
         ):  # fmt: skip
-            if getattr(self, field) < low:
-                raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} or more")
+            if not low <= getattr(self, field) <= high:
+                raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")
