@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
         in_tree = SOURCES.parent / "_cpu.so"
         if not self.force and up_to_date(in_tree):
             if in_tree.resolve() != target.resolve():
-                shutil.copy2(in_tree, target)
+                put(in_tree, target)
             return
         try:
             build(target, Path(self.build_temp))
@@ -50,7 +50,7 @@ class BuildKernels(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.exists():
-                shutil.copy2(built, SOURCES.parent / "_cpu.so")
+                put(built, SOURCES.parent / "_cpu.so")
 
 
 def up_to_date(library: Path) -> bool:
@@ -75,8 +75,17 @@ def build(target: Path, objects: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outputs = list(pool.map(compile_one, jobs))
-    link = ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", str(target)]
+    linked = objects / "_cpu.so"
+    link = ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", str(linked)]
     subprocess.run([compiler, *outputs, *link], check=True)
+    put(linked, target)
+
+
+def put(library: Path, target: Path) -> None:
+    """Copies under another name, then renames: a process that runs the old library keeps it instead of crashing."""
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(library, new)
+    new.replace(target)
 
 
 def without_kernels(reason: str) -> None:
