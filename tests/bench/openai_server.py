@@ -111,6 +111,9 @@ class OpenAIServer:
     async def _junk(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\ndata: {not json\n\n")
 
+    async def _shapeless(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        writer.write(b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": ["hello"]}\n\n')
+
     async def _nonsense(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-x\r\n\r\n")
 

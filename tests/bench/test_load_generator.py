@@ -71,6 +71,7 @@ def test_tokens_that_share_an_event_share_its_time_and_the_usage_counts() -> Non
         ("broken", "HTTP 500: oops"),
         ("cut", "disconnected mid-stream"),
         ("sick", "error mid-stream: out of memory"),
+        ("shapeless", "unreadable answer"),
         ("junk", "unreadable answer"),
         ("nonsense", "not an HTTP server"),
     ],

@@ -131,6 +131,18 @@ def test_chat_with_something_that_is_no_openai_server(answer: str):
     assert "no model" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "header", [b"{not json", b"[1]", b'{"a": {"shape": [2]}}', b'{"a": {"shape": "x", "data_offsets": 1}}']
+)
+def test_inspect_names_a_corrupt_file(tmp_path: Path, model_folder: Path, header: bytes):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_folder / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    done = kvarn("model", "inspect", str(tmp_path))
+    assert done.returncode == 2
+    assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_corrupt_files_are_named(tmp_path: Path, model_folder: Path):
     gguf = tmp_path / "broken.gguf"
     gguf.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)

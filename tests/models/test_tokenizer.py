@@ -134,6 +134,11 @@ def test_token_bytes_add_up_to_the_text(byte_level: Tokenizer) -> None:
     assert b"".join(map(byte_level.token_bytes, byte_level.encode(text))) == text.encode()
 
 
+def test_unknown_ids_stand_for_nothing_and_are_not_remembered(byte_level: Tokenizer) -> None:
+    assert byte_level.decode(range(10**6, 10**6 + 1000), skip_special_tokens=False) == ""
+    assert all(id < byte_level.vocab_size for id in byte_level._bytes)
+
+
 def test_text_that_is_not_unicode_is_the_request_s_fault(byte_level: Tokenizer) -> None:
     with pytest.raises(RequestError, match="Unicode"):
         byte_level.encode("\ud800")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import RequestError
+from kvarn.serving.batch import Batch, SampledToken
 from kvarn.serving.request import FinishReason
 
 from .paged_text import EOS, continuation, make_engine, make_request, next_token, run
@@ -159,6 +160,20 @@ def test_stop_token_ends_unless_min_tokens():
     texts = run(engine)
     assert texts == {"stop": [first], "patient": continuation([5], 4)}
     assert stopping.finish_reason is FinishReason.STOP and patient.finish_reason is FinishReason.LENGTH
+
+
+def test_a_grammar_complete_with_the_last_token_is_a_stop_and_no_cut(monkeypatch: pytest.MonkeyPatch):
+    engine = make_engine()
+    sample = engine.executor.execute
+
+    def complete(batch: Batch) -> list[SampledToken]:
+        return [SampledToken(sampled.token, grammar_done=True) for sampled in sample(batch)]
+
+    monkeypatch.setattr(engine.executor, "execute", complete)
+    request = make_request("json", [1], 1)
+    engine.add(request)
+    run(engine)
+    assert request.finish_reason is FinishReason.STOP
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from kvarn.simulation.workloads import RequestSpec
 _BODIES_AHEAD = 1024
 """Request bodies made before the clock starts; later ones are made while waiting for their arrival."""
 _REASON_CHARS = 120
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises that is no JSON, or JSON of another shape."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ async def _ask(settings: LoadSettings, spec: RequestSpec, body: bytes, arrival: 
                 answer.close()
     except TimeoutError:
         error = f"timeout after {settings.timeout:g} s"
-    except (http.TransferFailed, OSError, EOFError, ValueError, asyncio.LimitOverrunError) as failure:
+    except (http.TransferFailed, OSError, EOFError, asyncio.LimitOverrunError, *_UNREADABLE) as failure:
         error = _reason(failure)
     times = stream.token_times()
     if error is None and not times:

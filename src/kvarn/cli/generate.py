@@ -61,13 +61,13 @@ def generate(
         )
         for tokens in prompts
     ]
-    printer = _StreamPrinter(tokenizer) if len(prompts) == 1 and not as_json else None
+    printer = _StreamPrinter(tokenizer, prompts[0]) if len(prompts) == 1 and not as_json else None
     results = engine.generate(prompts, params, on_token=printer.on_token if printer else None)
     if printer is not None:
         printer.finish()
     else:
         for tokens, result in zip(prompts, results, strict=True):
-            record = _record(tokenizer, len(tokens), result)
+            record = _record(tokenizer, tokens, result)
             print(json.dumps(record, ensure_ascii=False) if as_json else record["text"] + "\n")
     errors = dict.fromkeys(result.error for result in results if result.error)
     for error in errors:
@@ -95,13 +95,14 @@ def _room(engine: OfflineEngine, tokens: list[int], max_tokens: int) -> int:
     return max(1, min(max_tokens, engine.engine.max_context - len(tokens)))
 
 
-def _record(tokenizer: Tokenizer, prompt_tokens: int, result: Generation) -> dict[str, Any]:
+def _record(tokenizer: Tokenizer, prompt: list[int], result: Generation) -> dict[str, Any]:
+    decoder = tokenizer.incremental_decoder(context=prompt)
     times = result.token_times
     return {
-        "text": tokenizer.decode(result.token_ids),
+        "text": decoder.push(result.token_ids) + decoder.flush(),
         "finish_reason": result.finish_reason,
         "error": result.error,
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(prompt),
         "output_tokens": len(result.token_ids),
         "ttft_seconds": times[0] if times else None,
         "seconds": times[-1] if times else None,
@@ -111,8 +112,8 @@ def _record(tokenizer: Tokenizer, prompt_tokens: int, result: Generation) -> dic
 class _StreamPrinter:
     """Prints text as tokens come."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decoder = tokenizer.incremental_decoder()
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self._decoder = tokenizer.incremental_decoder(context=prompt)
 
     def on_token(self, index: int, emission: Emission) -> None:
         if emission.token is not None:

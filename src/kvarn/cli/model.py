@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import format_bytes
 from kvarn.errors import ModelError
+from kvarn.models.config import read_config, read_json
 
 app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
 
@@ -67,7 +69,7 @@ def inspect(
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "config.json")
+    config = read_config(folder)
     text = config.get("text_config", config)
     heads = text.get("num_attention_heads")
     kv_heads = text.get("num_key_value_heads") or heads
@@ -99,25 +101,14 @@ def _tensor_shapes(folder: Path) -> Iterator[tuple[int, int]]:
         try:
             with file.open("rb") as stream:
                 header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError) as error:
-            raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for length in tensor["shape"]:
-                    count *= length
-                begin, end = tensor["data_offsets"]
-                yield count, end - begin
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    yield math.prod(tensor["shape"]), end - begin
+        except (OSError, ValueError, MemoryError, OverflowError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file} is not a readable safetensors file ({error!r}); download it again") from error
 
 
 def _has_chat_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").exists() or (path.exists() and "chat_template" in _read_json(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    return value
+    return (folder / "chat_template.jinja").exists() or (path.exists() and "chat_template" in read_json(path))

@@ -105,7 +105,8 @@ class Tokenizer:
             token = self._backend.id_to_token(id)
             spelled = token if token is None or self._spelling is None else self._spelling.to_bytes(token)
             known = (spelled.encode() if isinstance(spelled, str) else spelled) or b""
-            self._bytes[id] = known
+            if token is not None:  # clients may name billions of others
+                self._bytes[id] = known
         return known
 
     def token_text(self, id: int) -> str:

@@ -180,8 +180,8 @@ class Engine:
             self._finish(request, FinishReason.ERROR, error=sampled.error)
             return
         reason = request.append(sampled.token)
-        if reason is None and sampled.grammar_done:
-            reason = FinishReason.STOP
+        if sampled.grammar_done:
+            reason = FinishReason.STOP  # the text is whole, also when this was the last token it could have
         if request.first_token_time is None:
             request.first_token_time = now
         self.counters.output_tokens += 1

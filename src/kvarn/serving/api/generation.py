@@ -94,7 +94,7 @@ class Generation:
         ask: Ask,
         link: EngineLink,
         metrics: Metrics,
-        new_decoder: Callable[[bool], IncrementalDecoder],
+        new_decoder: Callable[[bool, list[int]], IncrementalDecoder],
         on_finished: Callable[[FinishedSequence], None],
         on_close: Callable[[Generation], None],
         *,
@@ -118,7 +118,7 @@ class Generation:
                 f"{id}-{index}",
                 ask.prompts[index // ask.n],
                 _params_of(ask.params, index % ask.n),
-                new_decoder(ask.show_special),
+                new_decoder(ask.show_special, ask.prompts[index // ask.n]),
                 StopStrings(ask.stops, include=ask.include_stop),
             )
             for index in range(len(ask.prompts) * ask.n)

@@ -14,6 +14,8 @@ LONG_TEXT: Final = 20_000
 """Characters or tokens from which tokenising (about 1 µs each) would hold up the event loop: a thread does it."""
 LONG_CONVERSATION: Final = 100
 """Messages from which rendering would."""
+_DECODER_CONTEXT: Final = 8
+"""Last prompt tokens that decide how the first output token is spelt."""
 _RESERVED: Final = frozenset({"self", "messages", "tools", "add_generation_prompt"})
 
 
@@ -66,8 +68,11 @@ class ModelText:
             return self._tokenizer.decode(tokens, skip_special_tokens=False)
         return await asyncio.to_thread(self._tokenizer.decode, tokens, skip_special_tokens=False)
 
-    def decoder(self, show_special: bool) -> IncrementalDecoder:
-        return self._tokenizer.incremental_decoder(skip_special_tokens=not show_special)
+    def decoder(self, show_special: bool, prompt: list[int]) -> IncrementalDecoder:
+        """Decodes what follows `prompt`."""
+        return self._tokenizer.incremental_decoder(
+            skip_special_tokens=not show_special, context=prompt[-_DECODER_CONTEXT:]
+        )
 
     def piece(self, token: int) -> bytes:
         """The bytes one token stands for."""
