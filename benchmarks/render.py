@@ -34,7 +34,10 @@ def render(path: Path) -> None:
     """Write the table and the picture of one results file."""
     data = json.loads(path.read_text())
     table, bars = RENDERERS[data["benchmark"]](data)
-    path.with_suffix(".md").write_text("\n".join([*table, "", *_footer(data), ""]))
+    footer = _footer(data) if "rounds" in data["conditions"] else []
+    path.with_suffix(".md").write_text("\n".join([*table, "", *footer, ""]))
+    if not bars:
+        return
     # The documentation can only show pictures that lie below it.
     _draw(bars, (PICTURES if path.parent == RESULTS else path.parent) / f"{path.stem}.svg")
 
@@ -116,7 +119,43 @@ def served_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, f
     return table, {name: {engine: one[name] for engine, one in figures.items()} for name in shown}
 
 
-RENDERERS = {"offline": offline_table, "served": served_table}
+def step_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Rows: batches; columns: a decode step's time and the share of it outside the model's forward pass."""
+    conditions = data["conditions"]
+    table = [
+        f"A decode step of kvarn, greedy ({conditions['input_tokens']} in, {conditions['output_tokens']} out), median "
+        f"(lowest-highest) of {conditions['repeats']} runs.",
+        "",
+        "| batch | step ms | outside the forward pass % |",
+        "| --- | --- | --- |",
+    ]
+    for batch in sorted({row["batch"] for row in data["rows"]}):
+        rows = [row for row in data["rows"] if row["batch"] == batch]
+        foreign = [row["foreign_cores"] for row in rows]
+        step = _cell([row["step_ms"] for row in rows], foreign)
+        table.append(f"| {batch} | {step} | {_cell([100 * row['outside_share'] for row in rows], foreign)} |")
+    return [*table, "", _machine_line(data["machine"])], {}
+
+
+RENDERERS = {"offline": offline_table, "served": served_table, "step": step_table}
+README = RESULTS.parents[1] / "README.md"
+README_START, README_END = "<!-- results: rendered by benchmarks/render.py -->", "<!-- end of results -->"
+
+
+def update_readme() -> None:
+    """Put the tables of the committed results between the markers of the README."""
+    parts = []
+    for name in ("offline", "served"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            data = json.loads(path.read_text())
+            parts += [*RENDERERS[name](data)[0], ""]
+    if not parts:
+        return
+    parts.append(f"{_machine_line(data['machine'])} Versions, settings and spread: [Performance](docs/performance.md).")
+    before, _, rest = README.read_text().partition(README_START)
+    after = rest.partition(README_END)[2]
+    README.write_text(before + "\n\n".join([README_START, "\n".join(parts), README_END]) + after)
 
 
 def _good(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -150,9 +189,7 @@ def _short(value: float) -> str:
 def _footer(data: dict[str, Any]) -> list[str]:
     machine, conditions = data["machine"], data["conditions"]
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
-        f"{machine['memory_gib']} GiB; {machine['system']}, Python {machine['python']}. "
-        f"Median (lowest-highest) of {conditions['rounds'] * conditions['repeats']} runs. "
+        f"{_machine_line(machine)} Median (lowest-highest) of {conditions['rounds'] * conditions['repeats']} runs. "
         f"Model {conditions['model']}; {conditions['threads']} threads. {TIE} "
         f"`*`: other processes used more than {QUIET_CORES} cores meanwhile.",
         "",
@@ -163,6 +200,13 @@ def _footer(data: dict[str, Any]) -> list[str]:
     for engine, entry in data["engines"].items():
         lines += [f"- {NAMES[engine]} failed: {one['error']}" for one in entry["sessions"] if "error" in one]
     return lines
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
+        f"{machine['memory_gib']} GiB; {machine['system']}, Python {machine['python']}."
+    )
 
 
 def _draw(bars: dict[str, dict[str, float]], path: Path) -> None:
@@ -188,3 +232,4 @@ if __name__ == "__main__":
         if json.loads(Path(name).read_text()).get("benchmark") in RENDERERS:
             render(Path(name))
             print(Path(name).with_suffix(".md"))
+    update_readme()

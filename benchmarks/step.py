@@ -1,0 +1,70 @@
+"""Where a decode step's time goes: the model's forward pass, and everything else (scheduling, packing, sampling).
+
+    python -m benchmarks.step [--batches 1 16 32] [--repeats 5]
+
+Greedy, 128 tokens in, 128 out; only steps in which every sequence decodes are counted. Results:
+`benchmarks/results/step.json` and `.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from benchmarks import machine, render
+from benchmarks.results import Results
+
+from kvarn.bench.offline import random_prompts
+from kvarn.serving.offline import OfflineEngine
+from kvarn.serving.request import Request
+from kvarn.serving.sampling.params import SamplingParams
+
+INPUT_TOKENS = OUTPUT_TOKENS = 128
+
+
+def decode_seconds(offline: OfflineEngine, batch: int, run: int) -> tuple[float, float, int]:
+    """Seconds of all decode steps of one batch, the part of them in the forward pass, and their number."""
+    engine = offline.engine
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    prompts = random_prompts(batch, INPUT_TOKENS, (run + 1, batch))
+    for i, prompt in enumerate(prompts):
+        engine.add(Request.create(f"{run}-{batch}-{i}", prompt, params, arrival=engine.clock.now()))
+    while engine.waiting or any(request.num_uncomputed > 1 for request in engine.running):
+        engine.step()
+    steps, step_seconds = engine.counters.steps, engine.counters.step_seconds
+    forward_seconds = engine.executor.forward_seconds
+    while engine.has_work:
+        engine.step()
+    return (
+        engine.counters.step_seconds - step_seconds,
+        engine.executor.forward_seconds - forward_seconds,
+        engine.counters.steps - steps,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    offline = OfflineEngine.load("smollm2", dtype="bfloat16")
+    decode_seconds(offline, max(arguments.batches), run=-1)  # warm-up
+    conditions = {"repeats": arguments.repeats, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+    results = Results("step", conditions, merge=False)
+    rows: list[dict[str, Any]] = []
+    for batch in arguments.batches:
+        for run in range(arguments.repeats):
+            load = machine.ForeignLoad()
+            step, forward, steps = decode_seconds(offline, batch, run)
+            rows.append({
+                "batch": batch, "step_ms": step / steps * 1e3, "outside_share": 1 - forward / step,
+                "foreign_cores": load.cores(),
+            })  # fmt: skip
+            print(f"batch {batch:3}  step {rows[-1]['step_ms']:6.2f} ms  outside {rows[-1]['outside_share']:.1%}")
+    results.data["rows"] = rows
+    results.save()
+    render.render(results.path)
+
+
+if __name__ == "__main__":
+    main()
