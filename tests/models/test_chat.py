@@ -75,6 +75,13 @@ def test_results_of_several_calls_are_one_turn(smollm2: ChatTemplate) -> None:
     assert prompt.count("<|im_start|>user") == 2
 
 
+@pytest.mark.parametrize("depth", [400, 100_000])
+def test_arguments_nested_without_end_are_served_or_refused(smollm2: ChatTemplate, depth: int) -> None:
+    function = {"name": "f", "arguments": "[" * depth + "]" * depth}
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    assert "[" * depth in smollm2.render([{"role": "user", "content": "x"}, call])
+
+
 def test_a_template_with_tools_gets_them_whole_and_arguments_as_objects() -> None:
     template = ChatTemplate(
         {

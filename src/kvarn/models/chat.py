@@ -85,17 +85,17 @@ class ChatTemplate:
             raise RequestError(
                 "this model has no chat template; use /v1/completions with a plain prompt", field="messages"
             )
-        prepared = [_prepared(message, index) for index, message in enumerate(messages)]
-        if not self._knows_tools[name]:
-            prepared = _tools_as_text(prepared, tools or [])
-        variables = {
-            **self._tokens,
-            **kwargs,
-            "messages": prepared,
-            "tools": list(tools) if tools else None,
-            "add_generation_prompt": add_generation_prompt,
-        }
         try:
+            prepared = [_prepared(message, index) for index, message in enumerate(messages)]
+            if not self._knows_tools[name]:
+                prepared = _tools_as_text(prepared, tools or [])
+            variables = {
+                **self._tokens,
+                **kwargs,
+                "messages": prepared,
+                "tools": list(tools) if tools else None,
+                "add_generation_prompt": add_generation_prompt,
+            }
             return self._compiled[name].render(variables)
         except jinja2.TemplateError as error:
             raise RequestError(f"the chat template refuses these messages: {error}", field="messages") from None
@@ -153,7 +153,8 @@ def _prepared_call(call: dict[str, Any]) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # a model wrote it; if it is not JSON it is shown as it was
+        # A model wrote it; if it is not JSON, or nested without end, it is shown as it was.
+        with contextlib.suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(arguments) if arguments else {}
     return {**call, "function": function}
 
