@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from kvarn.errors import RequestError
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import Overloaded
@@ -22,12 +23,13 @@ class Admission:
         self._finished: deque[float] = deque()
 
     def admit(self, link: EngineLink, sequences: int, now: float) -> None:
-        """Raise Overloaded when `sequences` more would be too many."""
-        if sequences > min(self._max_waiting, self._max_in_flight):
-            raise Overloaded(
-                f"the request asks for {sequences} answers at once; this server takes "
-                f"{min(self._max_waiting, self._max_in_flight)} at most",
-                retry_after=LONGEST_RETRY,
+        """Raise Overloaded when `sequences` more would be too many now, RequestError when they always would."""
+        most = min(self._max_waiting, self._max_in_flight)
+        if sequences > most:
+            raise RequestError(
+                f"the request asks for {sequences} answers at once; this server takes {most} at most: "
+                "send fewer prompts in a request, or a smaller n",
+                field="n",
             )
         if link.waiting + sequences > self._max_waiting:
             over = link.waiting + sequences - self._max_waiting
