@@ -109,15 +109,6 @@ class Tokenizer:
                 self._bytes[id] = known
         return known
 
-    def token_text(self, id: int) -> str:
-        """A token for display: its bytes, U+FFFD for parts of characters."""
-        return self.token_bytes(id).decode("utf-8", errors="replace")
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token by its exact spelling in the vocabulary."""
-        found: int | None = self._backend.token_to_id(token)
-        return found
-
 
 def tokenizer_file(folder: Path) -> Path:
     """The tokenizer.json of a model folder; older formats are converted to one, once, in the cache."""

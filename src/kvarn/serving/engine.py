@@ -108,7 +108,7 @@ class Engine:
         self._expire(now)
         batch = self._schedule(now)
         sampled = self._compute(batch)
-        self._advance(batch, sampled, self.clock.now())
+        self._advance(batch, sampled)
         emissions, self._ended = self._ended, []
         self.counters.steps += 1
         self.counters.step_seconds += perf_counter() - started
@@ -163,7 +163,7 @@ class Engine:
             batch.rows.clear()
             return []
 
-    def _advance(self, batch: Batch, sampled: list[SampledToken], now: float) -> None:
+    def _advance(self, batch: Batch, sampled: list[SampledToken]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
         results = iter(sampled)
         for row in batch.rows:
@@ -173,17 +173,15 @@ class Engine:
             request.num_computed += row.count
             self.cache.commit(request)
             if samples:
-                self._emit(request, next(results), now)
+                self._emit(request, next(results))
 
-    def _emit(self, request: Request, sampled: SampledToken, now: float) -> None:
+    def _emit(self, request: Request, sampled: SampledToken) -> None:
         if sampled.error is not None:
             self._finish(request, FinishReason.ERROR, error=sampled.error)
             return
         reason = request.append(sampled.token)
         if sampled.grammar_done:
             reason = FinishReason.STOP  # the text is whole, also when this was the last token it could have
-        if request.first_token_time is None:
-            request.first_token_time = now
         self.counters.output_tokens += 1
         emission = Emission(request, sampled.token, sampled.logprobs)
         if reason is None:

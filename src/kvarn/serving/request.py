@@ -85,7 +85,6 @@ class Request:
     """The index entry of the last of them (see kvcache.prefix); 0 is the root."""
     preemptions: int = 0
     finish_reason: FinishReason | None = None
-    first_token_time: float | None = None
 
     @classmethod
     def create(

@@ -93,13 +93,6 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
-    def drop_cached(self) -> None:
-        """Give up the content of every cached block."""
-        for block in self._cached:
-            self._on_evict(block)
-        self._free.extend(self._cached)
-        self._cached.clear()
-
     def check(self) -> None:
         """Raise AssertionError unless every block is in exactly one state."""
         free, cached = set(self._free), set(self._cached)
