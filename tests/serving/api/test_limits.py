@@ -16,7 +16,7 @@ from kvarn.errors import RequestError
 from kvarn.serving.api.auth import ApiKeys
 from kvarn.serving.api.recorder import FinishedSequence, Recorder
 from kvarn.serving.kvcache.prefix import chain_hashes
-from kvarn.serving.sampling.params import SamplingParams
+from kvarn.serving.sampling.params import Grammar, SamplingParams
 from tests.conftest import wait_until
 from tests.serving.api.conftest import Server
 
@@ -109,8 +109,10 @@ def test_every_finished_sequence_leaves_one_line(start: Any, tmp_path: Path) -> 
     assert "prompt" not in line and "output" not in line
 
 
-def sequence(id: str) -> FinishedSequence:
-    return FinishedSequence(id, 1.0, time.monotonic(), "", [1] * 40, [2, 3], 0, [0.1, 0.2], "stop", SamplingParams())
+def sequence(id: str, **params: Any) -> FinishedSequence:
+    return FinishedSequence(
+        id, 1.0, time.monotonic(), "", [1] * 40, [2, 3], 0, [0.1, 0.2], "stop", SamplingParams(**params)
+    )
 
 
 def test_content_is_recorded_only_on_request(tmp_path: Path) -> None:
@@ -119,6 +121,15 @@ def test_content_is_recorded_only_on_request(tmp_path: Path) -> None:
     recorder.close()
     line = json.loads((tmp_path / "t").read_text())
     assert (line["prompt"], line["output"]) == ([1] * 40, [2, 3])
+
+
+def test_words_of_the_user_among_the_parameters_are_content_too(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "t", block_size=16, content=False)
+    recorder.record(sequence("a", logit_bias={4711: 5.0}, grammar=Grammar("regex", "secret")))
+    recorder.close()
+    text = (tmp_path / "t").read_text()
+    assert "4711" not in text and "secret" not in text
+    assert json.loads(text)["params"]["grammar"] == "regex"
 
 
 def test_no_line_is_lost_on_close(tmp_path: Path) -> None:

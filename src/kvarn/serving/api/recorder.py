@@ -106,6 +106,7 @@ class Recorder:
         if not self._content:
             # A grammar and a bias may quote the user: they are content too.
             line["params"]["grammar"] = sequence.params.grammar.kind if sequence.params.grammar else None
+            line["params"]["logit_bias"] = {}
         else:
             line["prompt"], line["output"] = sequence.prompt, sequence.output
         return msgspec.json.encode(line) + b"\n"
