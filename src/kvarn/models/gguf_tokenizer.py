@@ -32,7 +32,7 @@ def write_tokenizer(file: GGUFFile, target: Path) -> None:
         raise ModelError(f"{file.path} holds no tokenizer (tokenizer.ggml.tokens); it is not a complete model")
     splitter = _pre_tokenizer(meta.get("tokenizer.ggml.pre", "default"))
     if meta.get("tokenizer.ggml.model") == "gpt2" and splitter is not None and "tokenizer.ggml.merges" in meta:
-        (target / "tokenizer.json").write_text(_byte_level(meta, splitter).to_str(), encoding="utf-8")
+        (target / "tokenizer.json").write_text(_byte_level(file, splitter).to_str(), encoding="utf-8")
     else:
         _write_with_transformers(file, target)
     config_path = target / "tokenizer_config.json"
@@ -58,7 +58,8 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
     )
 
 
-def _byte_level(meta: dict[str, Any], splitter: pre_tokenizers.PreTokenizer) -> Tokenizer:
+def _byte_level(file: GGUFFile, splitter: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    meta = file.metadata
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     # Llama 3 takes a whole pre-token that is in the vocabulary without merging its way there.
@@ -66,7 +67,7 @@ def _byte_level(meta: dict[str, Any], splitter: pre_tokenizers.PreTokenizer) -> 
     try:
         model = BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=whole)
     except Exception as error:  # the bindings raise bare Exception
-        raise ModelError(f"the GGUF file's tokenizer is inconsistent: {error}") from None
+        raise ModelError(f"{file.path} has a tokenizer that contradicts itself ({error}); download it again") from None
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
