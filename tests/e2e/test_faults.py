@@ -124,6 +124,7 @@ def test_overload_is_refused_with_retry_after():
         (["no-such-model"], "no-such-model"),
         (["--kv-memory", "1KiB"], "--kv-memory"),
         (["--kv-memory", "lots"], "--kv-memory"),
+        (["--kv-memory", "900TiB", "--max-running", "4096", "--block-size", "4096"], "free"),
         (["--token-budget", "0"], "token_budget"),
     ],
 )

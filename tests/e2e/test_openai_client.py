@@ -181,7 +181,7 @@ def test_models(client: OpenAI):
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": 5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"extra_body": {"top_k": -5}}, "top_k"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias"),

@@ -94,8 +94,13 @@ def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, devic
     """Blocks of the KV pool: what was asked for, or a share of what is free."""
     block_bytes = config.block_size * spec.kv_bytes_per_token
     enough = config.max_running * -(-max_context // config.block_size)
-    wanted = config.kv_memory_bytes or int(free_bytes(device) * _SHARE_OF_FREE_MEMORY)
+    free = free_bytes(device)
+    wanted = config.kv_memory_bytes or int(free * _SHARE_OF_FREE_MEMORY)
     blocks = min(wanted // block_bytes, enough)
+    if blocks * block_bytes > free:  # allocating would succeed, and the process would be killed when it fills up
+        raise CapacityError(
+            f"--kv-memory asks for {wanted / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free: lower it, or free memory"
+        )
     if blocks < 1:
         raise CapacityError(
             f"{wanted / 2**20:.1f} MiB for the KV pool is less than one block ({block_bytes / 2**20:.1f} MiB for "

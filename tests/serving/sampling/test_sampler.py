@@ -51,6 +51,12 @@ def test_greedy_takes_the_largest_logit_and_the_lowest_id_of_a_tie() -> None:
     assert sample(logits, requests) == [int(logits[0].argmax()), 7, int(logits[2].argmax())]
 
 
+def test_top_p_of_zero_keeps_the_most_likely_token_alone() -> None:
+    logits = torch.randn(20, VOCAB)
+    requests = [make_request(temperature=1.5, top_p=0.0) for _ in range(20)]
+    assert sample(logits, requests) == logits.argmax(dim=1).tolist()
+
+
 def test_a_batch_larger_than_is_worked_on_at_once_keeps_its_order() -> None:
     logits = torch.randn(70, 49152, generator=torch.Generator().manual_seed(2))
     requests = [make_request(temperature=0.0, logprobs=0 if row % 3 else -1) for row in range(70)]

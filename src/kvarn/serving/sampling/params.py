@@ -8,6 +8,8 @@ from kvarn.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_LENGTH = 2**18
+"""Characters. Grammars compile between two steps of the engine: a huge one would stall everybody."""
 UNSET_SEED = -1
 
 
@@ -67,6 +69,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
                     raise RequestError(
                         f"{field} names token {token}; the vocabulary is 0 to {vocab_size - 1}", field=field
                     )
+        if self.grammar is not None and len(self.grammar.source) > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"the schema or grammar has {len(self.grammar.source)} characters; at most {MAX_GRAMMAR_LENGTH}",
+                field="response_format",
+            )
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias of token {token} is {bias}; expected -100 to 100", field="logit_bias")
@@ -74,7 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 2.0),
-    ("top_p", 1e-6, 1.0),
+    ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),

@@ -67,7 +67,8 @@ class Sampler:
                 raise RequestError("this model cannot constrain its output to a grammar", field="response_format")
             matcher = self._grammars.compile(params.grammar)
         seed = secrets.randbits(64) if params.seed == UNSET_SEED else params.seed % 2**64
-        greedy = params.temperature < GREEDY_BELOW
+        # A top_p of 0 keeps the most likely token alone.
+        greedy = params.temperature < GREEDY_BELOW or params.top_p == 0.0
         truncated = 0 < params.top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0
         self._states[request.id] = _RequestState(request, seed, greedy, truncated, LogitEdits(request), matcher)
 
