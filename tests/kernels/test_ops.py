@@ -34,6 +34,8 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "rope_and_cache": (torch.randn(6, 4, 16), key, key.clone(), cos_sin, slots, kv, slots),
         "write_cache": (key, key.clone(), kv, slots),
         "silu_mul": (x,),
+        "pack_linear": (torch.randn(40, 32),),
+        "packed_linear": (x.bfloat16(), ops.pack_linear(torch.randn(40, 32).bfloat16()), None, 40),
     }
 
 

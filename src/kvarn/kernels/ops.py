@@ -67,6 +67,16 @@ _silu_mul = _declare(
     reference.silu_mul,
     lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
+_pack_linear = _declare(
+    "pack_linear(Tensor weight) -> Tensor",
+    reference.pack_linear,
+    lambda weight: weight.new_empty((-(-weight.shape[0] // 32), -(-weight.shape[1] // 2), 32, 2)),
+)
+_packed_linear = _declare(
+    "packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
+    reference.packed_linear,
+    lambda x, packed, bias, out_features: x.new_empty((x.shape[0], out_features)),
+)
 
 _native = native.load()
 
@@ -170,3 +180,25 @@ def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the halves of gate_up [T, 2F]; rows may be strided. Returns [T, F]."""
     return _silu_mul(gate_up)  # type: ignore[no-any-return]
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Lays out a weight [N, K] for `packed_linear`: [ceil(N / 32), ceil(K / 2), 32, 2], filled up with zeros.
+
+    A panel of 32 outputs lies together, each input pair of all 32 side by side.
+    """
+    return _pack_linear(weight)  # type: ignore[no-any-return]
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x @ weight.T + bias for a weight [N, K] laid out by `pack_linear`.
+
+    x             [M, K] bfloat16; rows may be strided
+    packed        pack_linear(weight), bfloat16
+    bias          None, or [N] bfloat16
+    out_features  N
+
+    Returns [M, N], contiguous. Sums are float32, rounded once. On the CPU every output is summed in the same order
+    whatever M is: a row gives the same bits alone and among others.
+    """
+    return _packed_linear(x, packed, bias, out_features)  # type: ignore[no-any-return]

@@ -96,3 +96,16 @@ def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, inputs % 2, 0, -outputs % 32))
+    panels = padded.view(padded.shape[0] // 32, 32, padded.shape[1] // 2, 2)
+    return panels.transpose(1, 2).contiguous()
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, : x.shape[1]]  # [N, K]
+    out = x.float() @ weight.float().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)

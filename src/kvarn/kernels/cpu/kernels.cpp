@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "linear.h"
 #include "rowwise.h"
 
 #define KVARN_JOIN_(a, b) a##b
@@ -29,12 +30,15 @@ void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
   KVARN_BY_DTYPE(rope_and_cache_rows, args, begin, end);
 }
 void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(silu_mul_rows, args, begin, end); }
+void linear(const LinearArgs& args, int64_t panel, int64_t row_begin, int64_t row_end) {
+  linear_panel(args, panel, row_begin, row_end);
+}
 
 }  // namespace
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
     KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
-    rms_norm, rope_and_cache, silu_mul,
+    rms_norm, rope_and_cache, silu_mul, linear,
 };
 
 }  // namespace kvarn

@@ -78,6 +78,17 @@ struct SiluArgs {
   bool is_bfloat16;
 };
 
+constexpr int64_t kLinearPanel = 32;  // outputs whose weights lie together
+
+struct LinearArgs {
+  const void* x;  // [M, K]
+  int64_t x_row_stride;
+  const void* packed;  // [ceil(N / 32)][ceil(K / 2)][32][2]
+  const void* bias;    // [N] or null
+  void* out;           // [M, N] contiguous
+  int64_t in_features, out_features;
+};
+
 // Row functions work on rows [begin, end).
 struct Kernels {
   const char* name;
@@ -87,6 +98,7 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&, int64_t begin, int64_t end);
   void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluArgs&, int64_t begin, int64_t end);
+  void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
 };
 
 extern const Kernels kernels_portable;
