@@ -137,7 +137,28 @@ def step_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, flo
     return [*table, "", _machine_line(data["machine"])], {}
 
 
-RENDERERS = {"offline": offline_table, "served": served_table, "step": step_table}
+def linear_table(data: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Rows: layers; columns: rows of x; cells: kvarn's time, and how often it fits into oneDNN's."""
+    counts = sorted({row["rows"] for row in data["rows"]})
+    table = [
+        "Linear layers of SmolLM2-135M in bf16: microseconds of kvarn's kernel (packed oneDNN / plain torch as "
+        f"multiples of it), {data['conditions']['threads']} threads, median of "
+        f"{data['conditions']['repeats']} alternating rounds, weights not in the caches.",
+        "",
+        f"| layer | {' | '.join(f'{count} rows' for count in counts)} |",
+        "| --- " * (len(counts) + 1) + "|",
+    ]
+    for layer in dict.fromkeys(row["layer"] for row in data["rows"]):
+        times = {row["rows"]: row["us"] for row in data["rows"] if row["layer"] == layer}
+        cells = (
+            f"{_short(us['kvarn'])} ({us['onednn'] / us['kvarn']:.2f} / {us['plain'] / us['kvarn']:.2f})"
+            for us in (times[count] for count in counts)
+        )
+        table.append(f"| {layer} | {' | '.join(cells)} |")
+    return [*table, "", _machine_line(data["machine"])], {}
+
+
+RENDERERS = {"offline": offline_table, "served": served_table, "step": step_table, "linear": linear_table}
 README = RESULTS.parents[1] / "README.md"
 README_START, README_END = "<!-- results: rendered by benchmarks/render.py -->", "<!-- end of results -->"
 

@@ -105,6 +105,6 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    """One server for all tests that do it no harm."""
-    with serve("--kv-memory", "256MiB") as running:
+    """One server for all tests that do it no harm. In float32: near ties must not decide what a test reads."""
+    with serve("--kv-memory", "512MiB", "--dtype", "float32") as running:
         yield running

@@ -23,7 +23,7 @@ def kvarn(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_generate_prints_text():
-    done = kvarn("generate", "What is the capital of France?", "--temperature", "0", "--max-tokens", "20")
+    done = kvarn("generate", "What is the capital of France?", "--temperature", "0", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 
