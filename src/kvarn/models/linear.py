@@ -1,9 +1,9 @@
 """`PackedLinear`: x @ weight.T + bias with the weight laid out once for the matrix kernels of this CPU.
 
-bfloat16 runs on kvarn's own kernel where the processor multiplies it natively: it reads weights faster than oneDNN
-when there are few rows, as in decoding, keeps up with it when there are many, and gives a row the same bits whatever
-the batch. Elsewhere on a CPU oneDNN does the work on a layout of its own (otherwise it re-orders the weight in every
-call: 1.5 to 2.5 times the time for 1 to 32 rows, measured). On other devices it is plain `linear`.
+bfloat16 runs on kvarn's own kernel where the processor multiplies it natively. It reads weights faster than oneDNN when
+there are few rows, as in decoding, keeps up with it when there are many (`benchmarks/linear.py` measures both), and
+gives a row the same bits whatever the batch. Elsewhere on a CPU oneDNN does the work on a layout of its own; without
+one it re-orders the weight in every call. On other devices it is plain `linear`.
 """
 
 from __future__ import annotations
