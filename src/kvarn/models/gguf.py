@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from kvarn.errors import ModelError
 from kvarn.models.gguf_reader import GGUFFile
 from kvarn.models.gguf_tokenizer import write_tokenizer
-
-Progress = Callable[[str, float], None]
+from kvarn.models.sources import Progress
 
 SHARD_BYTES: Final = 2 << 30
 _ARCHITECTURES: Final = {

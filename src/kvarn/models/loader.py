@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,11 +10,10 @@ import torch
 from kvarn.errors import CapacityError, ModelError
 from kvarn.models import decoder_llama
 from kvarn.models.config import eos_tokens, read_config
-from kvarn.models.sources import ModelFiles
+from kvarn.models.sources import ModelFiles, Progress
 from kvarn.models.spec import Decoder, ModelSpec
 from kvarn.models.weights import Weights
 
-Progress = Callable[[str, float], None]
 DType = Literal["float32", "bfloat16", "auto"]
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MEMORY_MARGIN: Final = 1.1

@@ -11,7 +11,7 @@ import torch
 
 from kvarn.errors import CapacityError, ModelError
 from kvarn.models.loader import free_bytes, load_decoder, usable_device
-from kvarn.models.sources import resolve
+from kvarn.models.sources import Progress, resolve
 from kvarn.models.spec import ModelSpec
 from kvarn.models.tokenizer import tokenizer_file
 from kvarn.serving.clock import Clock, MonotonicClock
@@ -23,9 +23,6 @@ from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.sampling.grammar import GrammarFactory
 from kvarn.serving.sampling.sampler import Sampler
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it is done, 0 to 1."""
 
 _POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": FirstComeFirstServed}
 _SHARE_OF_FREE_MEMORY = 0.25

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from kvarn.serving.assemble import LoadedEngine, Progress, load_engine
+from kvarn.models.sources import Progress
+from kvarn.serving.assemble import LoadedEngine, load_engine
 from kvarn.serving.batch import TokenLogprobs
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission

@@ -11,14 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvarn.serving.api.bodies import read_body
-from kvarn.serving.api.completions import usage_json
-from kvarn.serving.api.generation import Ask, Delta, Generation, new_id
+from kvarn.serving.api.generation import Delta, Generation, new_id
 from kvarn.serving.api.logprobs import chat_logprobs
 from kvarn.serving.api.schemas import ChatRequest, messages_json
 from kvarn.serving.api.service import Service, abort_when_gone, output_limit
-from kvarn.serving.api.sse import DONE, EventStream
+from kvarn.serving.api.sse import EventStream, chunk_template, last_chunk
 from kvarn.serving.api.tools import AnswerParser, CallPiece, TextPiece, ToolPlan
-from kvarn.serving.api.translate import grammar_of, sampling_params
+from kvarn.serving.api.translate import ask_of, grammar_of, sampling_params
 
 _json = msgspec.json.Encoder()
 
@@ -53,17 +52,8 @@ class ChatCompletions:
         )
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         grammar = plan.grammar(service.text) or grammar_of(body.response_format)
-        ask = Ask(
-            "chat.completions",
-            [prompt],
-            sampling_params(body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar),
-            n=body.n or 1,
-            stops=body.stop_strings,
-            include_stop=bool(body.include_stop_str_in_output),
-            show_special=body.skip_special_tokens is False,
-            priority=body.priority or 0,
-            tenant=tenant,
-        )
+        params = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
+        ask = ask_of(body, "chat.completions", [prompt], params, tenant)
         generation = service.generate(new_id("chatcmpl-"), ask, link, arrival)
         writer = _Writer(service, generation, plan)
         if body.stream:
@@ -117,15 +107,13 @@ class _Writer:
             }
             for index in range(count)
         ]
-        body = self._base("chat.completion") | {"choices": choices, "usage": usage_json(self._generation.usage)}
+        body = self._base("chat.completion") | {"choices": choices, "usage": self._generation.usage.to_json()}
         return Response(_json.encode(body), media_type="application/json")
 
     async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         base = self._base("chat.completion.chunk")
-        # Every token of every stream is written by this one template: models and pydantic would cost ten times as much.
-        template = b"data: " + _json.encode(base)[:-1].replace(b"%", b"%%")
-        template += b',"choices":[{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}]'
-        template += b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}'
+        template = chunk_template(base, choice, include_usage=include_usage)
         greeting: bytes = b"".join(
             template % (index, b'{"role":"assistant","content":""}', b"null", b"null")
             for index in range(len(self._parsers))
@@ -137,11 +125,7 @@ class _Writer:
             greeting = b""
             if events:
                 yield events
-        if include_usage:
-            usage = usage_json(self._generation.usage)
-            yield b"data: " + _json.encode(base | {"choices": [], "usage": usage}) + b"\n\n" + DONE
-        else:
-            yield DONE
+        yield last_chunk(base, self._generation.usage if include_usage else None)
 
     def _delta_events(self, template: bytes, delta: Delta) -> bytes:
         info = self._logprobs(delta)

@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from kvarn.errors import RequestError
 from kvarn.serving.api.bodies import read_body
-from kvarn.serving.api.generation import Ask, Delta, Generation, Usage, new_id
+from kvarn.serving.api.generation import Delta, Generation, new_id
 from kvarn.serving.api.logprobs import completion_logprobs
 from kvarn.serving.api.schemas import CompletionRequest
 from kvarn.serving.api.service import Service, abort_when_gone, output_limit
-from kvarn.serving.api.sse import DONE, EventStream
-from kvarn.serving.api.translate import grammar_of, sampling_params
+from kvarn.serving.api.sse import EventStream, chunk_template, last_chunk
+from kvarn.serving.api.translate import ask_of, grammar_of, sampling_params
 
 DEFAULT_MAX_TOKENS = 16
 _json = msgspec.json.Encoder()
@@ -51,17 +51,7 @@ class Completions:
         params = sampling_params(
             body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar_of(body.response_format)
         )
-        ask = Ask(
-            "completions",
-            prompts,
-            params,
-            n=body.n or 1,
-            stops=body.stop_strings,
-            include_stop=bool(body.include_stop_str_in_output),
-            show_special=body.skip_special_tokens is False,
-            priority=body.priority or 0,
-            tenant=tenant,
-        )
+        ask = ask_of(body, "completions", prompts, params, tenant)
         echoes = await self._echoes(body, prompts)
         generation = service.generate(new_id("cmpl-"), ask, link, arrival)  # from here on nothing may wait unguarded
         writer = _Writer(service, generation, echoes)
@@ -150,19 +140,17 @@ class _Writer:
                 }
                 for index, choice in enumerate(self._choices)
             ],
-            "usage": usage_json(self._generation.usage),
+            "usage": self._generation.usage.to_json(),
         }
         return Response(_json.encode(body), media_type="application/json")
 
     async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         base = self._base()
-        # Every token of every stream is written by this one template: models and pydantic would cost ten times as much.
-        head = b"data: " + _json.encode(base)[:-1].replace(b"%", b"%%")
-        head += b',"choices":[{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}]'
-        head += b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
+        template = chunk_template(base, choice, include_usage=include_usage)
         while not self._generation.done:
             events = b"".join(
-                head
+                template
                 % (
                     delta.index,
                     _json.encode(self._echo_once(delta.index) + delta.text),
@@ -174,15 +162,7 @@ class _Writer:
             )
             if events:
                 yield events
-        if include_usage:
-            yield (
-                b"data: "
-                + _json.encode(base | {"choices": [], "usage": usage_json(self._generation.usage)})
-                + b"\n\n"
-                + DONE
-            )
-        else:
-            yield DONE
+        yield last_chunk(base, self._generation.usage if include_usage else None)
 
     def _base(self) -> dict[str, Any]:
         generation = self._generation
@@ -199,12 +179,3 @@ class _Writer:
         tokens, logprobs = self._text.without_end(delta.tokens, delta.finish_reason), delta.logprobs
         arrays, choice.offset = completion_logprobs(self._text, tokens, logprobs[: len(tokens)], choice.offset)
         return arrays
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }

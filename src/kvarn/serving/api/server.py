@@ -19,13 +19,13 @@ from typing import TypeVar
 import uvicorn
 
 from kvarn.errors import CapacityError, KvarnError
-from kvarn.models.sources import resolve
+from kvarn.models.sources import Progress, resolve
 from kvarn.serving.api.app import make_app
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.metrics import Metrics
 from kvarn.serving.api.recorder import Recorder
 from kvarn.serving.api.service import Service
-from kvarn.serving.api.supervisor import EngineSupervisor, Progress
+from kvarn.serving.api.supervisor import EngineSupervisor
 from kvarn.serving.api.text import ModelText
 
 _log = logging.getLogger(__name__)

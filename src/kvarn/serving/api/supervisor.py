@@ -18,6 +18,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvarn.errors import EngineDead, KvarnError
+from kvarn.models.sources import Progress
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import Unavailable
@@ -30,8 +31,6 @@ LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 60.0
 """Seconds of life after which a death is taken as a single event and the pause starts anew."""
 GOODBYE_SECONDS = 3.0
-
-Progress = Callable[[str, float], None]
 
 
 class EngineSupervisor:

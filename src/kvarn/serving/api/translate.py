@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kvarn.errors import RequestError
+from kvarn.serving.api.generation import Ask
 from kvarn.serving.api.schemas import ResponseFormat, SamplingFields, TextFormat
 from kvarn.serving.sampling.params import UNSET_SEED, Grammar, SamplingParams
 
@@ -34,6 +35,21 @@ def sampling_params(
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         logprobs=logprobs,
         grammar=grammar,
+    )
+
+
+def ask_of(body: SamplingFields, endpoint: str, prompts: list[list[int]], params: SamplingParams, tenant: str) -> Ask:
+    """What a chat or plain completion wants from the engine, for prompts that are already tokens."""
+    return Ask(
+        endpoint,
+        prompts,
+        params,
+        n=body.n or 1,
+        stops=body.stop_strings,
+        include_stop=bool(body.include_stop_str_in_output),
+        show_special=body.skip_special_tokens is False,
+        priority=body.priority or 0,
+        tenant=tenant,
     )
 
 

@@ -52,9 +52,6 @@ class PrefixIndex:
         self._by_block: dict[int, PrefixEntry] = {}
         self._next_id = ROOT + 1
 
-    def __len__(self) -> int:
-        return len(self._by_block)
-
     def __contains__(self, block: int) -> bool:
         return block in self._by_block
 
