@@ -24,11 +24,19 @@ def asks(body: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+_EVENT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON, or [DONE]"}},
+    "required": ["data"],
+}
+"""One server-sent event: before OpenAPI 3.2 the schema of an event stream describes each event."""
+
+
 def answer(result: type[BaseModel] | None, *, streams: bool = False) -> dict[str, Any]:
     """The description of a route's 200; without a `result` it is plain text."""
     if result is None:
         return {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    streamed = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if streams else {}
+    streamed = {"content": {"text/event-stream": {"schema": _EVENT}}} if streams else {}
     return {"model": result, "description": "OK", **streamed}
 
 
