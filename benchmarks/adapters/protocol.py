@@ -1,6 +1,6 @@
 """How a benchmark talks to an engine in another environment: one JSON object a line, over stdin and stdout.
 
-    <- {"model": ..., "gguf": ..., ...}            once: what to load
+    <- {"model": path, "threads": n, ...}          once: what to load (Contender.order)
     -> {"about": {...}, "load_seconds": s}
     <- {"prompts": [[ids]], "output_tokens": n}    any number of times
     -> {"times": [[seconds]], "tokens": [[ids]]}   one entry a sequence, seconds from taking the batch in
@@ -44,7 +44,7 @@ class Generated:
 
 
 Generate = Callable[[list[list[int]], int], Generated]
-Load = Callable[[dict[str, Any]], tuple[Generate, dict[str, str]]]
+Load = Callable[[dict[str, Any]], tuple[Generate, dict[str, Any]]]
 
 
 def serve(load: Load) -> None:

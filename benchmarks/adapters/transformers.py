@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.adapters.protocol import Generate, Generated, serve
 
 
-def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
+def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import transformers
@@ -36,7 +36,7 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
                 made.add(index, [token], moment)
         return made
 
-    return generate, {"version": transformers.__version__, "precision": "bf16", "settings": "generate, SDPA attention"}
+    return generate, {"version": transformers.__version__, "settings": "generate, SDPA attention"}
 
 
 if __name__ == "__main__":

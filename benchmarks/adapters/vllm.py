@@ -10,7 +10,7 @@ from benchmarks.adapters.protocol import Generate, Generated, serve
 KV_CACHE_GIB = 2
 
 
-def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
+def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{settings['threads'] - 1}",
@@ -20,7 +20,10 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
-    model = vllm.LLM(settings["model"], dtype="bfloat16", max_model_len=4096, max_num_seqs=64, disable_log_stats=True)
+    model = vllm.LLM(
+        settings["model"], dtype="bfloat16", max_model_len=settings.get("context", 4096), max_num_seqs=64,
+        disable_log_stats=True,
+    )  # fmt: skip
     engine = model.llm_engine
     count = 0
 
@@ -42,7 +45,6 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:
 
     return generate, {
         "version": vllm.__version__,
-        "precision": "bf16",
         "settings": f"max_num_seqs 64, {KV_CACHE_GIB} GiB of KV cache, else defaults",
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import machine, offline, render, results
+from benchmarks import engines, machine, offline, render, results
 
 from kvarn.simulation.report import RequestRecord, summarize
 
@@ -18,10 +18,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "QUICK_FOLDER", tmp_path)
 
 
-def session(decode: list[float], prefill: list[float], foreign: float = 0.0) -> dict[str, Any]:
+def session(
+    label: str, decode: list[float], prefill: list[float], foreign: float = 0.0, weights: str = "bf16"
+) -> dict[str, Any]:
     readings = [("decode", 1, decode), ("prefill", 512, prefill)]
     return {
-        "about": {"version": "1", "precision": "bf16", "settings": "defaults"},
+        "about": {"version": "1", "label": label, "weights": weights, "settings": "defaults"},
         "load_seconds": 2.0,
         "readings": [
             {"kind": kind, "size": size, "repeats": rates, "foreign_cores": [foreign] * len(rates)}
@@ -38,28 +40,46 @@ CONDITIONS = {
 
 def test_a_table_shows_medians_over_rounds_with_their_spread_and_the_ratio_to_the_best() -> None:
     kept = results.Results("offline", CONDITIONS, merge=False)
-    kept.add_session("kvarn", session([80.0, 90.0], [1000.0, 1000.0]), first=True)
-    kept.add_session("vllm", session([50.0, 50.0], [2000.0, 2000.0], foreign=0.9), first=True)
-    kept.add_session("llamacpp", {"error": "no compiler"}, first=True)
-    kept.add_session("kvarn", session([100.0, 110.0], [1000.0, 1000.0]), first=False)
+    kept.add_session("kvarn-bf16", session("kvarn bf16", [80.0, 90.0], [1000.0, 1000.0]), first=True)
+    kept.add_session("vllm-bf16", session("vLLM bf16", [50.0, 50.0], [2000.0, 2000.0], foreign=0.9), first=True)
+    kept.add_session("llamacpp-bf16", {"error": "no compiler"}, first=True)
+    kept.add_session("kvarn-bf16", session("kvarn bf16", [100.0, 110.0], [1000.0, 1000.0]), first=False)
     render.render(kept.path)
     table = kept.path.with_suffix(".md").read_text()
-    assert "| kvarn | bf16 | 95 (80-110) | 1,000 | 2.0 |" in table
-    assert "| vLLM (CPU) | bf16 | 50* | 2,000* | 2.0 |" in table
-    assert "| **kvarn / best other** | | **1.90** | **0.50** | |" in table
-    assert "llama.cpp failed: no compiler" in table
+    assert "| bf16 | kvarn bf16 | 95 (80-110) | 1,000 | 2.0 |" in table
+    assert "| bf16 | vLLM bf16 | 50* | 2,000* | 2.0 |" in table
+    assert "| bf16 | **kvarn / best other** | **1.90** | **0.50** |  |" in table
+    assert "llamacpp-bf16 failed: no compiler" in table
     assert kept.path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def quality(int8: float, int4: float) -> None:
+    kept = results.Results("quality", {}, merge=False)
+    kept.data["rows"] = [{"precision": "int8", "mean_kl": int8}, {"precision": "int4", "mean_kl": int4}]
+    kept.save()
+
+
+def test_a_precision_that_strays_from_float32_competes_in_its_class_but_not_with_everyone() -> None:
+    quality(int8=0.01, int4=0.03)
+    kept = results.Results("offline", CONDITIONS, merge=False)
+    kept.add_session("kvarn-int8", session("kvarn int8", [100.0], [100.0], weights="8-bit"), first=True)
+    kept.add_session("kvarn-int4", session("kvarn int4", [300.0], [300.0], weights="4-bit"), first=True)
+    kept.add_session("openvino-4bit", session("OpenVINO", [200.0], [200.0], weights="4-bit"), first=True)
+    render.render(kept.path)
+    table = kept.path.with_suffix(".md").read_text()
+    assert "| 4-bit | **kvarn / best other** | **1.50** | **1.50** |  |" in table
+    assert "best of all** | **0.50** | **0.50** |  |" in table
 
 
 def test_merging_keeps_the_others_and_replaces_what_is_measured_again() -> None:
     first = results.Results("offline", CONDITIONS, merge=False)
-    first.add_session("kvarn", session([1.0], [1.0]), first=True)
-    first.add_session("vllm", session([2.0], [2.0]), first=True)
+    first.add_session("kvarn", session("kvarn", [1.0], [1.0]), first=True)
+    first.add_session("vllm", session("vLLM", [2.0], [2.0]), first=True)
     again = results.Results("offline", CONDITIONS, merge=True)
-    again.add_session("kvarn", session([3.0], [3.0]), first=True)
-    engines = json.loads(again.path.read_text())["engines"]
-    assert [one["readings"][0]["repeats"] for one in engines["kvarn"]["sessions"]] == [[3.0]]
-    assert [one["readings"][0]["repeats"] for one in engines["vllm"]["sessions"]] == [[2.0]]
+    again.add_session("kvarn", session("kvarn", [3.0], [3.0]), first=True)
+    merged = json.loads(again.path.read_text())["engines"]
+    assert [one["readings"][0]["repeats"] for one in merged["kvarn"]["sessions"]] == [[3.0]]
+    assert [one["readings"][0]["repeats"] for one in merged["vllm"]["sessions"]] == [[2.0]]
     with pytest.raises(SystemExit, match="other conditions"):
         results.Results("offline", CONDITIONS | {"threads": 1}, merge=True)
 
@@ -75,7 +95,7 @@ def test_served_bursts_become_one_row_a_server() -> None:
     render.render(kept.path)
     table = kept.path.with_suffix(".md").read_text()
     assert "| kvarn | 7.33 | 0.5 | 0.5 | 0.5 | 0.1 | 0.1 | 0.1 | 7.33 | 3 | 0 |" in table
-    assert "throughput 1.00x, P99 TTFT 1.00x" in table
+    assert "throughput 1.00x (higher is better), P99 TTFT 1.00x, P99 ITL 1.00x (lower is better)" in table
 
 
 def test_foreign_load_leaves_our_own_work_out() -> None:
@@ -87,11 +107,11 @@ def test_foreign_load_leaves_our_own_work_out() -> None:
 def test_the_real_engine_is_measured_in_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["offline", "--quick", "--only", "kvarn"])
+    monkeypatch.setattr("sys.argv", ["offline", "--quick", "--only", "kvarn-bf16"])
     offline.main()
-    found = json.loads((results.QUICK_FOLDER / "offline.json").read_text())["engines"]["kvarn"]["sessions"]
+    found = json.loads((results.QUICK_FOLDER / "offline.json").read_text())["engines"]["kvarn-bf16"]["sessions"]
     assert "error" not in found[0]
-    assert len(found[0]["sample"]) == offline.SAMPLE_TOKENS
+    assert len(found[0]["sample"]) == engines.SAMPLE_TOKENS
     assert [(one["kind"], one["size"]) for one in found[0]["readings"]] == [
         ("decode", 1),
         ("decode", 4),
@@ -102,5 +122,5 @@ def test_the_real_engine_is_measured_in_a_process_of_its_own(
 
 def test_an_engine_that_is_not_there_is_a_result_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.peers.PEERS_DIR", tmp_path)
-    outcome = offline.run_session("vllm", offline.Workload(), threads=1, limit=5.0, patience=0.0)
+    outcome = offline.run_session("vllm-bf16", offline.Workload(), threads=1, limit=5.0, patience=0.0)
     assert "benchmarks.peers install vllm" in outcome["error"]

@@ -85,7 +85,8 @@ def measure(
 
     `before_run` is called before each timed run (to look at the machine's load).
     """
-    generate(random_prompts(max(workload.batches), workload.input_tokens, [workload.seed, 0]), 8)
+    warm_up_tokens = min(workload.input_tokens, 32)
+    generate(random_prompts(max(workload.batches), warm_up_tokens, [workload.seed, 0]), 8)
     readings = []
 
     def take(kind: str, size: int, rate: Callable[[int], float]) -> None:
