@@ -36,12 +36,20 @@ class Hit:
     idle_blocks: int = 0
 
 
-def decide(waiting: list[View], running: list[View], *, available: int, budget: int = 16, hit: Hit = Hit()) -> Decision:
+def decide(
+    waiting: list[View],
+    running: list[View],
+    *,
+    available: int,
+    budget: int = 16,
+    hit: Hit = Hit(),
+    policy: FirstComeFirstServed = FirstComeFirstServed(),
+) -> Decision:
     held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
         waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__
     )
-    return FirstComeFirstServed().decide(snapshot, 0.0)
+    return policy.decide(snapshot, 0.0)
 
 
 def decoding(id: str, tokens: int, arrival: float = 0.0) -> View:
@@ -56,6 +64,15 @@ def test_decode_rows_come_before_prefill_chunks_and_newcomers():
     chunked = View("chunked", 100, 8, 2, arrival=0.0)
     decision = decide([View("new", 3, arrival=9.0)], [chunked, decoding("reader", 6, 1.0)], available=100)
     assert grants(decision) == {"reader": 1, "chunked": 15}
+
+
+def test_readers_wait_for_no_more_than_the_prefill_budget():
+    chunked, new = View("chunked", 100, 8, 2), View("new", 3, arrival=9.0)
+    policy = FirstComeFirstServed(prefill_budget=6)
+    beside = decide([new], [chunked, decoding("reader", 6, 1.0)], available=100, policy=policy)
+    assert grants(beside) == {"reader": 1, "chunked": 6}
+    alone = decide([new], [chunked], available=100, policy=policy)
+    assert grants(alone) == {"chunked": 16}
 
 
 def test_nobody_overtakes_the_head_of_the_queue():

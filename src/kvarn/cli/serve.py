@@ -65,6 +65,9 @@ def serve(
     token_budget: Annotated[
         int, typer.Option(help="Tokens computed per step; longer prompts go in chunks.", rich_help_panel=_ENGINE)
     ] = EngineConfig.__struct_defaults__[EngineConfig.__struct_fields__.index("token_budget")],
+    prefill_budget: Annotated[
+        int, typer.Option(help="Prompt tokens in a step that others' readers wait for.", rich_help_panel=_ENGINE)
+    ] = EngineConfig.__struct_defaults__[EngineConfig.__struct_fields__.index("prefill_budget")],
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the KV cache of equal prefixes.", rich_help_panel=_ENGINE)
     ] = True,
@@ -94,7 +97,7 @@ def serve(
         engine=EngineConfig(
             model=model, dtype=dtype, device=device, policy=policy, max_context=max_context, max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
-            share_prefixes=prefix_cache, threads=threads,
+            share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
         ),
         host=host, port=port, served_name=served_name, api_keys=_api_keys(api_key or [], api_key_file),
         max_body_bytes=parse_bytes(max_body, "--max-body"), max_queued=max_queued, max_concurrent=max_concurrent,

@@ -24,7 +24,9 @@ from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.sampling.grammar import GrammarFactory
 from kvarn.serving.sampling.sampler import Sampler
 
-_POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": FirstComeFirstServed}
+_POLICIES: dict[str, Callable[[EngineConfig], Policy]] = {
+    "fcfs": lambda config: FirstComeFirstServed(prefill_budget=config.prefill_budget)
+}
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
@@ -66,7 +68,7 @@ def load_engine(
     )
     engine = Engine(
         executor,
-        _POLICIES[config.policy](),
+        _POLICIES[config.policy](config),
         KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes),
         clock or MonotonicClock(),
         token_budget=config.token_budget,

@@ -15,11 +15,13 @@ class ScheduledRequest:
 
     request: Request
     count: int
+    drafts: int = 0
+    """How many of them, the last ones, are guesses at tokens to come (kvarn.serving.speculation)."""
 
     @property
     def samples(self) -> bool:
         """True when this step computes the request's last known token, so a new one is sampled from it."""
-        return self.request.num_computed + self.count == self.request.num_tokens
+        return self.request.num_computed + self.count - self.drafts == self.request.num_tokens
 
 
 @dataclass(slots=True)

@@ -25,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests in one batch."""
     token_budget: int = 512
     """Tokens that one step may compute; longer prompts are prefilled in chunks."""
+    prefill_budget: int = 256
+    """Prompt tokens in a step that also decodes: how long the readers of others wait for new prompts."""
     block_size: int = 16
     """Tokens in a KV block."""
     kv_memory_bytes: int = 0
@@ -39,7 +41,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
         for field, low, high in (
-            ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20), ("block_size", 1, 2**16),
+            ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20),
+            ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
             ("kv_memory_bytes", 0, 2**63 - 1), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:

@@ -138,12 +138,12 @@ class Engine:
         decision = self.policy.decide(self._snapshot(), now)
         for id in decision.preempt:
             self._preempt(self._requests[id])
-        batch = Batch()
-        for grant in decision.grants:
-            request = self._requests[grant.id]
-            if request.state is RequestState.WAITING:
+        batch, requests, waiting = Batch(), self._requests, RequestState.WAITING
+        for id, granted in decision.grants:
+            request = requests[id]
+            if request.state is waiting:
                 self._admit(request)
-            tokens = min(grant.tokens, request.num_uncomputed)
+            tokens = min(granted, request.num_uncomputed)
             if self.cache.grow(request, request.num_computed + tokens):
                 batch.rows.append(ScheduledRequest(request, tokens))
             elif request.num_computed == 0:
@@ -166,12 +166,15 @@ class Engine:
     def _advance(self, batch: Batch, sampled: list[SampledToken]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
         results = iter(sampled)
+        block_size = self.cache.block_size
         for row in batch.rows:
             request, samples = row.request, row.samples
-            prompt_left = max(0, request.prompt_length - request.num_computed)
-            self.counters.prompt_tokens += min(row.count, prompt_left)
+            prompt_left = request.prompt_length - request.num_computed
+            if prompt_left > 0:
+                self.counters.prompt_tokens += min(row.count, prompt_left)
             request.num_computed += row.count
-            self.cache.commit(request)
+            if request.num_computed // block_size > request.indexed_blocks:
+                self.cache.commit(request)
             if samples:
                 self._emit(request, next(results))
 

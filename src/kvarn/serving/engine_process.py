@@ -1,8 +1,8 @@
 """The engine's own process: two sockets around the step loop.
 
 Started by the API process as `python -m kvarn.serving.engine_process`. Pulls messages from the API, steps
-while there is work, pushes what came of it; sleeps in the socket when there is none. Ends on Shutdown, on
-SIGTERM, or when its standard input closes, which is how it notices that its parent is gone.
+while there is work, has what came of it pushed during the next step; sleeps in the socket when there is none. Ends
+on Shutdown, on SIGTERM, or when its standard input closes, which is how it notices that its parent is gone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -152,14 +153,34 @@ class EngineProcess:
 
 
 class Outbox:
-    """Encodes and pushes messages to the API process."""
+    """Encodes and pushes messages to the API process, in a thread of its own.
+
+    The news of one step leave while the next one computes: a forward pass needs no Python, so the thread runs beside
+    it. Only this thread touches the socket, and it never touches the engine. So nothing can end a request, or
+    give its blocks to another, while a forward pass still writes them: all that does runs between two passes.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._encoder = msgspec.msgpack.Encoder()
+        self._messages: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._push_all, name="outbox", daemon=True)
+        self._thread.start()
 
     def send(self, message: FromEngine) -> None:
-        self._socket.send(self._encoder.encode(message))
+        """Hand over a message, which must not change any more. Never waits."""
+        if not self._thread.is_alive():
+            raise KvarnError("the thread that sends to the API process has ended; its error is in the log above")
+        self._messages.put(message)
+
+    def close(self) -> None:
+        """Push what is left and end the thread."""
+        self._messages.put(None)
+        self._thread.join()
+
+    def _push_all(self) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        while (message := self._messages.get()) is not None:
+            self._socket.send(encoder.encode(message))
 
 
 def _to_output(emission: Emission) -> TokenOutput:
@@ -225,6 +246,7 @@ def main() -> int:
         loaded = load_engine(config, progress=lambda stage, fraction: outbox.send(Loading(stage, fraction)))
     except KvarnError as error:
         outbox.send(StartFailed(str(error)))
+        outbox.close()
         context.destroy(linger=1000)
         return 2
     engine = loaded.engine
@@ -236,6 +258,7 @@ def main() -> int:
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     process.run()
+    outbox.close()
     context.destroy(linger=1000)
     return 0
 

@@ -60,9 +60,9 @@ class KVCache:
 
     def grow(self, request: Request, tokens: int) -> bool:
         """Make room for the first `tokens` tokens of a request; False, and nothing changed, if there is none."""
-        missing = self.blocks_for(tokens) - request.num_blocks
-        if missing <= 0:
+        if tokens <= request.num_blocks * self.block_size:
             return True
+        missing = self.blocks_for(tokens) - request.num_blocks
         blocks = self.pool.allocate(missing)
         if blocks is None:
             return False

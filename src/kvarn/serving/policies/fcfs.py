@@ -1,27 +1,36 @@
 """First come, first served, with continuous batching and chunked prefill: the baseline every policy must beat.
 
 Every step first continues what runs: decode rows before prefill chunks, so a long prompt never stalls the
-readers of others. What is left of the token budget admits waiting requests in order of priority, then
-arrival, while the blocks for the whole of their known tokens are there. When a running request finds no
-block, the one that came last gives up its blocks and is recomputed later.
+readers of others; a prefill budget bounds how much longer a step gets for them. What is left of the budget
+admits waiting requests in order of priority, then arrival, while the blocks for the whole of their known
+tokens are there. When a running request finds no block, the one that came last gives up its blocks and is
+recomputed later.
 """
 
 from __future__ import annotations
+
+from operator import attrgetter
 
 from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
 
 
 class FirstComeFirstServed:
-    """`headroom_blocks` blocks per running request are left free at admission for tokens yet to come."""
+    """The policy's settings.
 
-    def __init__(self, headroom_blocks: int = 1) -> None:
+    headroom_blocks   blocks per running request that are left free at admission for tokens yet to come
+    prefill_budget    prompt tokens computed in a step that others' readers wait for; None: the whole token budget
+    """
+
+    def __init__(self, headroom_blocks: int = 1, prefill_budget: int | None = None) -> None:
         self.headroom_blocks = headroom_blocks
+        self.prefill_budget = prefill_budget
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         step = _Step(snapshot)
-        for request in step.decode_rows():
-            step.continue_running(request)
-        for request in step.prefill_rows():
+        prefilling = step.continue_decoding()
+        if step.grants and self.prefill_budget is not None:
+            step.budget = min(step.budget, self.prefill_budget)
+        for request in prefilling:
             step.continue_running(request)
         if not step.preempted:
             for request in snapshot.waiting:
@@ -42,14 +51,30 @@ class _Step:
         self.grants: list[Grant] = []
         self.preempted: dict[str, None] = {}
         self.served: set[str] = set()
-        self.running = sorted(snapshot.running, key=lambda r: (r.priority, r.arrival))
+        self.running = sorted(snapshot.running, key=attrgetter("priority", "arrival"))
         self.num_running = len(self.running)
 
-    def decode_rows(self) -> list[RequestView]:
-        return [request for request in self.running if request.num_uncomputed == 1]
-
-    def prefill_rows(self) -> list[RequestView]:
-        return [request for request in self.running if request.num_uncomputed > 1]
+    def continue_decoding(self) -> list[RequestView]:
+        """Grant every decode row; the running requests that still prefill are returned."""
+        decoding, prefilling, needed = [], [], 0
+        size = self.snapshot.block_size
+        for request in self.running:
+            total = request.num_tokens
+            if total - request.num_computed == 1:
+                decoding.append(request)
+                needed += total > request.num_blocks * size
+            else:
+                prefilling.append(request)
+        if len(decoding) <= self.budget and needed <= self.available:
+            # Everybody fits, as in nearly every step: the books need no line for each of them.
+            self.grants = [Grant(request.id, 1) for request in decoding]
+            self.served.update(request.id for request in decoding)
+            self.budget -= len(decoding)
+            self.available -= needed
+        else:
+            for request in decoding:
+                self.continue_running(request)
+        return prefilling
 
     def continue_running(self, request: RequestView) -> None:
         """Grant the next tokens of a running request, preempting later ones if blocks are short."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class RequestView(Protocol):
@@ -62,8 +62,7 @@ class Snapshot:
         return -(-tokens // self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Compute `tokens` more tokens of this request in this step."""
 
     id: str
