@@ -26,7 +26,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     )  # fmt: skip
     key, slots = torch.randn(6, 2, 16), torch.arange(6, dtype=torch.int32)
     kv, cos_sin = torch.randn(4, 3, 2, 2, 16, 16)[:, 1], torch.randn(50, 16)
-    x, weight = torch.randn(6, 32), torch.randn(32)
+    x, weight, ones = torch.randn(6, 32), torch.randn(32), torch.ones(6, dtype=torch.float64)
     return {
         "paged_attention": (*case.tensors.values(), case.scale),
         "rms_norm": (x, weight, 1e-5),
@@ -35,6 +35,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "write_cache": (key, key.clone(), kv, slots),
         "silu_mul": (x,),
         "pack_linear": (torch.randn(40, 32),),
+        "largest": (x,),
+        "sample": (x, ones, ones.long(), ones, ones, ones * 0.5),
+        "token_logprobs": (x, torch.arange(6), 3),
         "packed_linear": (x.bfloat16(), ops.pack_linear(torch.randn(40, 32).bfloat16()), None, 40),
     }
 

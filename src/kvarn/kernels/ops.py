@@ -77,6 +77,25 @@ _packed_linear = _declare(
     reference.packed_linear,
     lambda x, packed, bias, out_features: x.new_empty((x.shape[0], out_features)),
 )
+_largest = _declare(
+    "largest(Tensor logits) -> Tensor",
+    reference.largest,
+    lambda logits: logits.new_empty(logits.shape[:1], dtype=torch.int64),
+)
+_sample = _declare(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor uniform) -> Tensor",
+    reference.sample,
+    lambda logits, *_: logits.new_empty(logits.shape[:1], dtype=torch.int64),
+)
+_token_logprobs = _declare(
+    "token_logprobs(Tensor logits, Tensor tokens, int count) -> (Tensor, Tensor, Tensor)",
+    reference.token_logprobs,
+    lambda logits, tokens, count: (
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+        logits.new_empty((logits.shape[0], count), dtype=torch.int64),
+        logits.new_empty((logits.shape[0], count), dtype=torch.float32),
+    ),
+)
 
 _native = native.load()
 
@@ -202,3 +221,35 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     whatever M is: a row gives the same bits alone and among others.
     """
     return _packed_linear(x, packed, bias, out_features)  # type: ignore[no-any-return]
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Id of the largest logit of each row of logits [R, V], the lowest id of a tie; rows may be strided. [R] int64."""
+    return _largest(logits)  # type: ignore[no-any-return]
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws one token a row, in the order of transformers: temperature, top-k, top-p, min-p, draw. Returns [R] int64.
+
+    logits       [R, V] float32 or bfloat16; rows may be strided
+    temperature  [R] float64; 0 takes the largest logit, and the rest is not looked at
+    top_k        [R] int64: logits from the k-th largest on are kept; 0, or V and more, keeps all
+    top_p        [R] float64 in (0, 1]: of these, logits are kept from the one at which the cumulative probability,
+                 most likely first, renormalised after top-k, reaches top_p
+    min_p        [R] float64 in [0, 1]: of these, those of at least the largest + temperature * log(min_p)
+    uniform      [R] float64 in [0, 1)
+
+    What is kept is what reaches a threshold, so tokens tied with the last one kept are kept too. The token drawn is
+    the first at which the cumulative distribution of the kept tokens, in order of their ids, exceeds `uniform`: a pure
+    function of the row and its settings. Weights are float32 at least, their sums float64. A row whose largest logit is
+    not finite gives some token.
+    """
+    return _sample(logits, temperature, top_k, top_p, min_p, uniform)  # type: ignore[no-any-return]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of logits [R, V] at tokens [R] int64, and the `count` largest of each row.
+
+    Returns float32 [R]; ids int64 and values float32 [R, count], in descending order. logits as for `sample`.
+    """
+    return _token_logprobs(logits, tokens, count)  # type: ignore[no-any-return]

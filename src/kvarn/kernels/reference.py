@@ -109,3 +109,36 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: 
     weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, : x.shape[1]]  # [N, K]
     out = x.float() @ weight.float().T
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def largest(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1)
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    width = logits.shape[1]
+    greedy = temperature == 0.0
+    ordered = logits.float().sort(dim=1, descending=True).values
+    heat = temperature.where(~greedy, 1.0)[:, None]
+
+    def weights(values: Tensor) -> Tensor:
+        return ((values.double() - ordered[:, :1].double()) / heat).exp()
+
+    last = torch.where(top_k > 0, top_k.clamp(max=width) - 1, width - 1)
+    threshold = ordered.gather(1, last[:, None])
+    mass = weights(ordered).masked_fill_(ordered < threshold, 0.0)
+    before = mass.cumsum(dim=1) - mass
+    within = before < (top_p * mass.sum(dim=1))[:, None]
+    nucleus = ordered.gather(1, (within.sum(dim=1, keepdim=True) - 1).clamp_(min=0))
+    threshold = torch.where(top_p[:, None] < 1.0, torch.maximum(threshold, nucleus), threshold).double()
+    threshold = torch.maximum(threshold, ordered[:, :1].double() + heat * min_p.log()[:, None])
+    cumulative = weights(logits).masked_fill_(logits.double() < threshold, 0.0).cumsum(dim=1)
+    # right=True: the first token whose cumulative weight exceeds the target, so never one without weight.
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    return torch.where(greedy, logits.argmax(dim=1), drawn.clamp_(max=width - 1))
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = logits.double().log_softmax(dim=1).float()
+    top = logprobs.topk(count, dim=1)
+    return logprobs.gather(1, tokens[:, None]).squeeze(1), top.indices, top.values

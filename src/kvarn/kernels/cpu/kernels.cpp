@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "sampling.h"
 
 #define KVARN_JOIN_(a, b) a##b
 #define KVARN_JOIN(a, b) KVARN_JOIN_(a, b)
@@ -33,12 +34,18 @@ void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE
 void linear(const LinearArgs& args, int64_t panel, int64_t row_begin, int64_t row_end) {
   linear_panel(args, panel, row_begin, row_end);
 }
+void sample(const SampleArgs& args, int64_t begin, int64_t end, double* scratch) {
+  KVARN_BY_DTYPE(sample_tokens, args, begin, end, scratch);
+}
+void token_logprobs(const LogprobArgs& args, int64_t begin, int64_t end, double* scratch) {
+  KVARN_BY_DTYPE(row_logprobs, args, begin, end, scratch);
+}
 
 }  // namespace
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
     KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
-    rms_norm, rope_and_cache, silu_mul, linear,
+    rms_norm, rope_and_cache, silu_mul, linear, sample, token_logprobs,
 };
 
 }  // namespace kvarn

@@ -89,7 +89,29 @@ struct LinearArgs {
   int64_t in_features, out_features;
 };
 
-// Row functions work on rows [begin, end).
+constexpr int64_t kSampleChunk = 64;  // tokens whose largest logit is noted, to pass over them together
+
+struct SampleArgs {
+  const void* logits;  // [R, V]
+  int64_t row_stride, vocab;
+  const double *temperature, *top_p, *min_p, *uniform;  // [R]; without temperature, or where it is 0: the largest
+  const int64_t* top_k;                                 // [R]
+  int64_t* out;                                         // [R]
+  bool is_bfloat16;
+};
+
+struct LogprobArgs {
+  const void* logits;  // [R, V]
+  int64_t row_stride, vocab;
+  const int64_t* tokens;  // [R]
+  float* chosen;          // [R]
+  int64_t count;
+  int64_t* ids;   // [R, count]
+  float* values;  // [R, count]
+  bool is_bfloat16;
+};
+
+// Row functions work on rows [begin, end). Those of the sampler want scratch of 12 bytes a chunk of tokens.
 struct Kernels {
   const char* name;
   int64_t (*attention_scratch_bytes)(const AttentionArgs&, int64_t rows, int64_t kv_heads);
@@ -99,6 +121,8 @@ struct Kernels {
   void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluArgs&, int64_t begin, int64_t end);
   void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
+  void (*sample)(const SampleArgs&, int64_t begin, int64_t end, double* scratch);
+  void (*token_logprobs)(const LogprobArgs&, int64_t begin, int64_t end, double* scratch);
 };
 
 extern const Kernels kernels_portable;

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -117,6 +117,19 @@ KVARN_INLINE float maximum(Floats v) {
   v = vmax(v, swap_halves<Step>(v, std::make_index_sequence<kLanes>()));
   if constexpr (Step > 1) return maximum<Step / 2>(v);
   return v[0];
+}
+
+// True when a lane of a comparison's result is.
+KVARN_INLINE bool any(Ints mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int64_t words[kLanes / 2];
+  memcpy(words, &mask, sizeof words);
+  return (words[0] | words[1]) != 0;
+#endif
 }
 
 // 2^x, about one unit in the last place; exactly 0 below 2^-126.

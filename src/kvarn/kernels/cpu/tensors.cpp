@@ -74,14 +74,16 @@ void View::expect_int32(int64_t expected_dims, const char* shape) const {
   expect_contiguous_tail(expected_dims);
 }
 
-Tensor empty(const View& like, std::initializer_list<int64_t> sizes) {
+Tensor empty(const View& like, std::initializer_list<int64_t> sizes) { return empty(sizes, like.dtype); }
+
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[8], next = 1;
   for (int64_t dim = (int64_t)sizes.size() - 1; dim >= 0; --dim) {
     strides[dim] = next;
     next *= sizes.begin()[dim];
   }
   AtenTensorHandle handle;
-  check(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, like.dtype,
+  check(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, dtype,
                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -44,5 +44,6 @@ struct View {
 
 // An uninitialised contiguous CPU tensor of the view's dtype.
 Tensor empty(const View& like, std::initializer_list<int64_t> sizes);
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype);
 
 }  // namespace kvarn

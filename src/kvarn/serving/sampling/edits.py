@@ -69,14 +69,17 @@ class LogitEdits:
             self.counts = TokenCounts(request, with_prompt=params.repetition_penalty != 1.0)
 
     @property
-    def bans_stop(self) -> bool:
-        """True while min_tokens is not reached: neither end-of-sequence nor a stop token may come."""
-        return self.request.num_outputs < self.request.params.min_tokens and len(self.stop_tokens) > 0
+    def ever(self) -> bool:
+        """False when the logits of every token stay as they are."""
+        return self.counts is not None or len(self.bias_tokens) > 0 or self.bans_stop(0)
 
-    @property
-    def any(self) -> bool:
-        """False when the next token's logits stay as they are."""
-        return self.counts is not None or len(self.bias_tokens) > 0 or self.bans_stop
+    def at(self, index: int) -> bool:
+        """False when the logits of the output token of this index stay as they are."""
+        return self.counts is not None or len(self.bias_tokens) > 0 or self.bans_stop(index)
+
+    def bans_stop(self, index: int) -> bool:
+        """True while min_tokens is not reached: neither end-of-sequence nor a stop token may come."""
+        return index < self.request.params.min_tokens and len(self.stop_tokens) > 0
 
 
 def add_biases(logits: Tensor, edits: Sequence[LogitEdits]) -> None:
@@ -88,12 +91,12 @@ def add_biases(logits: Tensor, edits: Sequence[LogitEdits]) -> None:
         logits.index_put_(index, torch.from_numpy(values).to(logits.device), accumulate=True)
 
 
-def ban_stop_tokens(logits: Tensor, edits: Sequence[LogitEdits]) -> None:
-    """Set to -inf, in place, the end-of-sequence and stop tokens of the rows that have not reached min_tokens.
+def ban_stop_tokens(logits: Tensor, edits: Sequence[LogitEdits], indexes: Sequence[int]) -> None:
+    """Set to -inf, in place, the end-of-sequence and stop tokens of the rows whose output index is below min_tokens.
 
     A row that would have no token left keeps them: a grammar that allows nothing but the end comes first.
     """
-    rows = [row for row, edit in enumerate(edits) if edit.bans_stop]
+    rows = [row for row, edit in enumerate(edits) if edit.bans_stop(indexes[row])]
     if rows:
         index = _flat_index(logits, rows, [edits[row].stop_tokens for row in rows])
         before = logits[index]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvarn.errors import RequestError
+from kvarn.kernels import ops
 from kvarn.serving.batch import SampledToken, TokenLogprobs
 from kvarn.serving.request import Request
 from kvarn.serving.sampling import draw
@@ -28,25 +29,67 @@ GREEDY_BELOW = 1e-4
 """Temperatures below this are greedy: logits divided by them would lose what tells tokens apart."""
 
 _CPU_SLAB = 2**21
-"""Logits worked on at a time on a CPU."""
+"""Logits edited at a time on a CPU."""
 
 
 @dataclass(slots=True, eq=False)
 class _RequestState:
     """What the sampler knows of one request."""
 
-    request: Request
     seed: int
     """As an unsigned 64-bit number."""
-    greedy: bool
-    truncated: bool
+    temperature: float
+    """0 when greedy."""
     edits: LogitEdits
     matcher: GrammarMatcher | None
 
     @property
-    def edited(self) -> bool:
-        """True when the next token is not chosen from the logits as they come."""
-        return self.matcher is not None or self.edits.any
+    def editable(self) -> bool:
+        """False when tokens are always chosen from the logits as they come."""
+        return self.matcher is not None or self.edits.ever
+
+    def edited_at(self, index: int) -> bool:
+        """True when the output token of this index is not chosen from the logits as they come."""
+        return self.matcher is not None or self.edits.at(index)
+
+
+class _Group:
+    """The requests of a step, and all that their settings say, as tensors: made anew when their set changes."""
+
+    def __init__(
+        self, requests: list[Request], states: list[_RequestState], vocab_size: int, device: torch.device
+    ) -> None:
+        self.requests = requests
+        self.states = states
+        self.vocab_size = vocab_size
+        self.device = device
+        self.editable = [row for row, state in enumerate(states) if state.editable]
+        self.reporting = [row for row, request in enumerate(requests) if request.params.logprobs >= 0]
+        self._greedy = all(state.temperature == 0.0 for state in states)
+        if self._greedy:
+            return
+        params = [request.params for request in requests]
+        self._seeds = np.array([state.seed for state in states], dtype=np.uint64)
+        self._settings = (
+            torch.tensor([state.temperature for state in states], dtype=torch.float64, device=device),
+            torch.tensor([min(each.top_k, vocab_size) for each in params], dtype=torch.int64, device=device),
+            torch.tensor([each.top_p for each in params], dtype=torch.float64, device=device),
+            torch.tensor([each.min_p for each in params], dtype=torch.float64, device=device),
+        )
+
+    def part(self, rows: list[int]) -> _Group:
+        requests, states = [self.requests[row] for row in rows], [self.states[row] for row in rows]
+        return _Group(requests, states, self.vocab_size, self.device)
+
+    def choose(self, logits: Tensor, indexes: Sequence[int]) -> list[int]:
+        """Tokens of rows whose logits need no edit any more."""
+        if self._greedy:
+            chosen = ops.largest(logits)
+        else:
+            uniform = draw.uniforms(self._seeds, np.array(indexes, dtype=np.uint64))
+            chosen = ops.sample(logits, *self._settings, torch.from_numpy(uniform).to(self.device))
+        tokens: list[int] = chosen.tolist()
+        return tokens
 
 
 class Sampler:
@@ -56,6 +99,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self._grammars = grammars
         self._states: dict[str, _RequestState] = {}
+        self._group: _Group | None = None
 
     def add(self, request: Request) -> None:
         """Start a request's state. Raises RequestError for impossible parameters or a grammar that does not compile."""
@@ -69,46 +113,58 @@ class Sampler:
         seed = secrets.randbits(64) if params.seed == UNSET_SEED else params.seed % 2**64
         # A top_p of 0 keeps the most likely token alone.
         greedy = params.temperature < GREEDY_BELOW or params.top_p == 0.0
-        truncated = 0 < params.top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0
-        self._states[request.id] = _RequestState(request, seed, greedy, truncated, LogitEdits(request), matcher)
+        temperature = 0.0 if greedy else params.temperature
+        self._states[request.id] = _RequestState(seed, temperature, LogitEdits(request), matcher)
 
     def remove(self, request: Request) -> None:
         """Forget a request's state."""
         self._states.pop(request.id, None)
+        self._group = None
 
-    def sample(self, logits: Tensor, requests: list[Request]) -> list[SampledToken]:
-        """The next token of each request, in order, from its row of `logits` [R, V] (any float type and device)."""
-        # On a CPU temporaries larger than the allocator keeps are paid for in page faults, several times their use.
-        slab = max(1, _CPU_SLAB // self.vocab_size) if logits.device.type == "cpu" else len(requests)
-        sampled: list[SampledToken] = []
-        for first in range(0, len(requests), slab):
-            sampled += self._sample(logits[first : first + slab], requests[first : first + slab])
-        return sampled
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], indexes: Sequence[int] | None = None
+    ) -> list[SampledToken]:
+        """The next token of each request, in order, from its row of `logits` [R, V] (any float type and device).
 
-    def _sample(self, logits: Tensor, requests: list[Request]) -> list[SampledToken]:
-        states = [self._states[request.id] for request in requests]
-        edited = [row for row, state in enumerate(states) if state.edited]
-        if not edited:
-            tokens = _choose(logits, states)
-        else:
-            tokens = [0] * len(states)
-            plain = sorted(set(range(len(states))).difference(edited))
-            for rows, values in ((plain, _take(logits, plain)), (edited, self._edit(logits, edited, states))):
-                for row, token in zip(rows, _choose(values, [states[row] for row in rows]), strict=True):
-                    tokens[row] = token
+        `indexes` are the output indexes that the tokens will have, by default the next one of each request. A request
+        may stand for several rows as long as neither a grammar nor penalties make one depend on the other.
+        """
+        group = self._group
+        if group is None or group.requests != requests or group.device != logits.device:
+            states = [self._states[request.id] for request in requests]
+            group = self._group = _Group(list(requests), states, logits.shape[1], logits.device)
+        if indexes is None:
+            indexes = [request.num_outputs for request in requests]
+        edited = [row for row in group.editable if group.states[row].edited_at(indexes[row])]
+        tokens = self._choose_edited(logits, group, indexes, edited) if edited else group.choose(logits, indexes)
         sampled = [SampledToken(token) for token in tokens]
-        _report_logprobs(logits, requests, sampled)
+        if group.reporting:
+            _report_logprobs(logits, group, sampled)
         for row in edited:
-            _advance_grammar(states[row], sampled[row])
+            _advance_grammar(group.states[row], sampled[row])
         return sampled
 
-    def _edit(self, logits: Tensor, rows: list[int], states: list[_RequestState]) -> Tensor:
-        """The given rows with every ban, bias and penalty applied [len(rows), V], a copy."""
-        values = logits[rows].float()
-        edits = [states[row].edits for row in rows]
-        self._mask(values, [states[row] for row in rows])
+    def _choose_edited(self, logits: Tensor, group: _Group, indexes: Sequence[int], edited: list[int]) -> list[int]:
+        """Tokens of a group some of whose rows need their logits edited."""
+        tokens = [0] * len(group.states)
+        plain = sorted(set(range(len(tokens))).difference(edited))
+        # On a CPU temporaries larger than the allocator keeps are paid for in page faults, several times their use.
+        slab = max(1, _CPU_SLAB // self.vocab_size) if logits.device.type == "cpu" else len(edited)
+        parts = [plain] + [edited[first : first + slab] for first in range(0, len(edited), slab)]
+        for rows in filter(None, parts):
+            part = group.part(rows)
+            at = [indexes[row] for row in rows]
+            values = logits[rows] if rows is plain else self._edit(logits[rows].float(), part.states, at)
+            for row, token in zip(rows, part.choose(values, at), strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _edit(self, values: Tensor, states: list[_RequestState], indexes: list[int]) -> Tensor:
+        """Apply every ban, bias and penalty to `values` [R, V], in place."""
+        edits = [state.edits for state in states]
+        self._mask(values, states)
         add_biases(values, edits)
-        ban_stop_tokens(values, edits)
+        ban_stop_tokens(values, edits, indexes)
         apply_penalties(values, edits)
         return values
 
@@ -125,55 +181,17 @@ class Sampler:
             values[rows] = values[rows].masked_fill_(forbidden, -torch.inf)
 
 
-def _choose(logits: Tensor, states: Sequence[_RequestState]) -> list[int]:
-    """Tokens of rows whose logits need no edit any more."""
-    groups: dict[tuple[bool, bool], list[int]] = {}
-    for row, state in enumerate(states):
-        groups.setdefault((state.greedy, state.truncated and not state.greedy), []).append(row)
-    if len(groups) == 1 and states[0].greedy:
-        greedy: list[int] = draw.largest(logits).tolist()
-        return greedy
-    tokens = [0] * len(states)
-    for (is_greedy, is_truncated), rows in groups.items():
-        values = _take(logits, rows)
-        members = [states[row] for row in rows]
-        chosen = draw.largest(values) if is_greedy else _draw(values, members, truncated=is_truncated)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            tokens[row] = token
-    return tokens
-
-
-def _draw(logits: Tensor, states: Sequence[_RequestState], *, truncated: bool) -> Tensor:
-    """One random token per row [R]."""
-    params = [state.request.params for state in states]
-    device = logits.device
-    seeds = np.array([state.seed for state in states], dtype=np.uint64)
-    indexes = np.array([state.request.num_outputs for state in states], dtype=np.uint64)
-    uniform = torch.from_numpy(draw.uniforms(seeds, indexes)).to(device)
-    heat = torch.tensor([[each.temperature] for each in params], device=device)
-    scaled = logits.float() / heat
-    if not truncated:
-        return draw.draw(scaled, uniform)
-    truncation = draw.Truncation(
-        top_k=torch.tensor([min(each.top_k, logits.shape[1]) for each in params], device=device),
-        top_p=torch.tensor([each.top_p for each in params], dtype=torch.float64, device=device),
-        min_p=torch.tensor([each.min_p for each in params], dtype=torch.float64, device=device),
-    )
-    return draw.draw_truncated(scaled, truncation, uniform)
-
-
-def _report_logprobs(logits: Tensor, requests: Sequence[Request], sampled: Sequence[SampledToken]) -> None:
+def _report_logprobs(logits: Tensor, group: _Group, sampled: Sequence[SampledToken]) -> None:
     """Fill in `logprobs` of the rows that ask for them, from the unmodified logits."""
-    rows = [row for row, request in enumerate(requests) if request.params.logprobs >= 0]
-    if not rows:
-        return
-    logprobs = _take(logits, rows).float().log_softmax(dim=1)
-    chosen = logprobs.gather(1, torch.tensor([[sampled[row].token] for row in rows], device=logits.device))
-    top = logprobs.topk(min(max(requests[row].params.logprobs for row in rows), logits.shape[1]), dim=1)
-    columns = zip(rows, chosen.squeeze(1).tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-    for row, logprob, tokens, values in columns:
-        count = requests[row].params.logprobs
-        sampled[row].logprobs = TokenLogprobs(logprob, list(zip(tokens[:count], values[:count], strict=True)))
+    rows = group.reporting
+    counts = [group.requests[row].params.logprobs for row in rows]
+    values = logits if len(rows) == len(logits) else logits[rows]
+    tokens = torch.tensor([sampled[row].token for row in rows], device=logits.device)
+    chosen, ids, best = ops.token_logprobs(values, tokens, min(max(counts), logits.shape[1]))
+    columns = zip(rows, counts, chosen.tolist(), ids.tolist(), best.tolist(), strict=True)
+    for row, count, logprob, top_ids, top_values in columns:
+        top = list(zip(top_ids[:count], top_values[:count], strict=True))
+        sampled[row].logprobs = TokenLogprobs(logprob, top)
 
 
 def _advance_grammar(state: _RequestState, sampled: SampledToken) -> None:
@@ -185,7 +203,3 @@ def _advance_grammar(state: _RequestState, sampled: SampledToken) -> None:
         matcher.advance(sampled.token)
     sampled.error = matcher.error
     sampled.grammar_done = sampled.error is None and matcher.done
-
-
-def _take(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
