@@ -16,6 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+
+# Triton decides when it is imported. Without a GPU its interpreter runs the CUDA kernels on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MODEL = "smollm2"
 

@@ -108,8 +108,8 @@ def make_case(
 
 
 @st.composite
-def paged_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> PagedCase:
-    sequence = st.builds(Sequence, slots=st.integers(0, 150), rows=st.one_of(st.just(1), st.integers(0, 70)))
+def paged_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, most_sequences: int = 5) -> PagedCase:
+    sequence = st.builds(Sequence, slots=st.integers(0, 150), rows=st.one_of(st.just(1), st.integers(0, most_rows)))
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         options["window"] = draw(st.integers(1, 200))
@@ -118,7 +118,7 @@ def paged_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Pa
     if draw(st.booleans()):
         options["sinks"] = True
     return make_case(
-        draw(st.lists(sequence, min_size=1, max_size=5)),
+        draw(st.lists(sequence, min_size=1, max_size=most_sequences)),
         dtype=draw(st.sampled_from(dtypes)),
         kv_heads=draw(st.integers(1, 4)),
         group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),

@@ -1,1 +1,1 @@
-"""The compute kernels: declared in `ops`, readable in `reference`, fast on CPUs through `native` and `cpu/`."""
+"""The compute kernels: declared in `ops`, readable in `reference`; fast in `cpu/` (by `native`) and `triton/`."""

@@ -2,9 +2,10 @@
 
 Tensors go in, tensors come out, without gradients; in-place arguments are named in each docstring. Each op is
 `torch.ops.kvarn.NAME`, so torch.compile, fake tensors and profilers see it. Every device runs the torch reference
-(`reference.py`) unless a faster version is registered for it; the native CPU library (`cpu/`, float32 and bfloat16) is
-loaded here. Arguments that do not fit raise RuntimeError saying what was got and what was expected; the reference may
-raise torch's own.
+(`reference.py`) unless a faster version is registered for it: here the native CPU library (`cpu/`, float32 and
+bfloat16) is loaded, and the Triton kernels (`triton/`) are where there is CUDA. Arguments that do not fit raise
+RuntimeError saying what was got and what was expected; the reference may raise torch's own, and Triton's kernels look
+at shapes only.
 
 Shapes: T rows (tokens of all sequences, one after another), S sequences, Hq query heads, Hkv key/value heads (Hq is a
 multiple), D head dimension (a multiple of 8), N blocks of B slots, M blocks in the longest block table.
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvarn.kernels import native, reference
+from kvarn.kernels import native, reference, triton
 
 _library = torch.library.Library("kvarn", "DEF")  # type: ignore[no-untyped-call]
 
@@ -98,6 +99,7 @@ _token_logprobs = _declare(
 )
 
 _native = native.load()
+_has_triton = triton.register(_library)
 
 
 def native_kernels() -> str | None:
@@ -106,6 +108,11 @@ def native_kernels() -> str | None:
     None when CPU tensors run on the reference.
     """
     return _native.selected if _native else None
+
+
+def has_triton() -> bool:
+    """Whether CUDA tensors run on the Triton kernels."""
+    return _has_triton
 
 
 def native_variants() -> tuple[str, ...]:

@@ -1,0 +1,83 @@
+"""Compiles the Triton kernels as for a GPU, without one: prints a line of JSON for each kernel and architecture.
+
+    python -m tests.kernels.compile_triton 80 90
+
+Run in a process of its own: with TRITON_INTERPRET=1 nothing would be compiled. The calls are those of the real
+functions, on CPU tensors; they stop before the launch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kvarn.kernels.triton import attention, rowwise
+
+
+class NoDriver:
+    """What Triton asks of a GPU before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def report(architecture: int) -> None:
+    triton.runtime.driver.set_active(NoDriver(architecture))
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
+        compiled = launch(self, *args, **kwargs | {"warmup": True})
+        print(
+            json.dumps({
+                "kernel": self.fn.__name__, "architecture": architecture, "shared_bytes": compiled.metadata.shared,
+                "machine_code_bytes": len(compiled.asm["cubin"]),
+            }), flush=True,
+        )  # fmt: skip
+
+    JITFunction.run = compile_only
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            launch_all(dtype)
+    finally:
+        JITFunction.run = launch
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Llama-3-8B's shapes: decode over several shares, then a prompt with everything that attention can do."""
+    heads, kv_heads, dim, tokens = 32, 8, 128, 512
+    kv = torch.empty(16, 2, kv_heads, 16, dim, dtype=dtype)
+    positions = torch.empty(16, 16, dtype=torch.int32)
+    x = torch.empty(tokens, 4096, dtype=dtype)
+    query, key = torch.empty(tokens, heads, dim, dtype=dtype), torch.empty(tokens, kv_heads, dim, dtype=dtype)
+    rows = torch.empty(tokens, dtype=torch.int32)
+    for sequences, options in ((tokens, {}), (1, {"window": 64, "softcap": 20.0, "sinks": torch.empty(heads)})):
+        count = 2 if not options else tokens
+        few = min(sequences, count)
+        tables, slots = torch.empty(few, 512, dtype=torch.int32), torch.empty(few, dtype=torch.int32)
+        starts = torch.empty(few + 1, dtype=torch.int32)
+        attention.paged_attention(query[:count], kv, positions, tables, slots, starts, rows[:count], 0.1, **options)
+    rowwise.rms_norm(x, x[0], 1e-5)
+    rowwise.add_rms_norm(x, x, x[0], 1e-5)
+    rowwise.silu_mul(x)
+    rowwise.rope_and_cache(query, key, key, torch.empty(100, dim), rows, kv, rows)
+    rowwise.write_cache(key, key, kv, rows)
+
+
+if __name__ == "__main__":
+    for architecture in sys.argv[1:]:
+        report(int(architecture))
