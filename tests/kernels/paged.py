@@ -108,7 +108,9 @@ def make_case(
 
 
 @st.composite
-def paged_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, most_sequences: int = 5) -> PagedCase:
+def paged_cases(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, most_sequences: int = 5, most_rows: int = 70
+) -> PagedCase:
     sequence = st.builds(Sequence, slots=st.integers(0, 150), rows=st.one_of(st.just(1), st.integers(0, most_rows)))
     options: dict[str, Any] = {}
     if draw(st.booleans()):
