@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -16,18 +17,21 @@ namespace {
 constexpr int64_t kLargestPerThread = 131072;
 constexpr int64_t kSampledPerThread = 32768;
 
+// Rows differ tenfold in what they take, so threads fetch them one by one.
 template <class Args>
 void over_rows(void (*rows)(const Args&, int64_t, int64_t, double*), const Args& args, int64_t count,
                int64_t logits_per_thread) {
   if (count == 0) return;
   const int64_t chunks = (args.vocab + kSampleChunk - 1) / kSampleChunk;
-  const auto run = [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
     std::vector<double> scratch(chunks + (chunks + 1) / 2);
-    rows(args, begin, end, scratch.data());
+    for (int64_t row = next++; row < count; row = next++) rows(args, row, row + 1, scratch.data());
   };
-  const int64_t grain = std::max<int64_t>(1, logits_per_thread / args.vocab);
-  if (count <= grain) return run(0, count);
-  torch::stable::parallel_for(0, count, grain, run);
+  const int64_t worthwhile = count * args.vocab / logits_per_thread;
+  const int64_t threads = std::min<int64_t>(worthwhile, torch::stable::get_num_threads());
+  if (threads <= 1) return work(0, 1);
+  torch::stable::parallel_for(0, threads, 1, work);
 }
 
 template <class Args>
