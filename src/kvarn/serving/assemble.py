@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from kvarn.serving.executors.torch_executor import TorchExecutor, allocate_kv
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
+from kvarn.serving.processors import usable_processors
 from kvarn.serving.sampling.grammar import GrammarFactory
 from kvarn.serving.sampling.sampler import Sampler
 
@@ -48,7 +48,7 @@ def load_engine(
     CapacityError when the machine is too small.
     """
     config.validate()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or usable_processors())
     device = usable_device(config.device)
     progress("finding the model", 0.0)
     files = resolve(config.model, progress=progress)
