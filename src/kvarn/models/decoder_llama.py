@@ -55,6 +55,8 @@ class LlamaDecoder:
     weights  its tensors, converted to `spec.dtype` and laid out for `device` one by one
     """
 
+    capturable = True
+
     def __init__(self, spec: ModelSpec, config: dict[str, Any], weights: Weights, device: torch.device) -> None:
         self.spec = spec
         self._eps = float(config["rms_norm_eps"])

@@ -58,6 +58,8 @@ _step: ContextVar[_Step] = ContextVar("kvarn_attention_step")
 class TransformersDecoder:
     """See `kvarn.models.spec.Decoder`. Made by `load`."""
 
+    capturable = False  # what a model of transformers does with its tensors is not ours to promise
+
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         self.spec = spec
         self._model = model

@@ -70,6 +70,8 @@ class Decoder(Protocol):
     """A causal language model over paged KV memory."""
 
     spec: ModelSpec
+    capturable: bool
+    """Whether what `forward` launches on a CUDA device depends on shapes alone, so that it can be a CUDA graph."""
 
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
         """Write the K and V of every row into `kv` and return logits [R, vocab_size] (any float dtype).

@@ -65,6 +65,7 @@ def load_engine(
         max_rows=config.token_budget,
         max_requests=config.max_running,
         max_context=max_context,
+        cuda_graphs=config.cuda_graphs,
     )
     engine = Engine(
         executor,

@@ -32,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_memory_bytes: int = 0
     """Memory of the KV pool; 0: a quarter of what is free, at most what `max_running` full contexts need."""
     share_prefixes: bool = True
+    cuda_graphs: bool = True
+    """On a CUDA device, replay decode steps from graphs captured at start."""
     threads: int = 0
     """Compute threads; 0: one for each processor this process may use."""
 

@@ -10,15 +10,17 @@ from time import perf_counter
 import torch
 
 from kvarn.errors import CapacityError
-from kvarn.models.spec import Decoder, KVMemory, ModelSpec
+from kvarn.models.spec import Decoder, ForwardBatch, KVMemory, ModelSpec
 from kvarn.serving.batch import Batch, SampledToken
+from kvarn.serving.executors.cuda_graphs import CudaGraphs, DeviceForward, spare_blocks
 from kvarn.serving.executors.packing import Packer
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.sampler import Sampler
 
 
 def allocate_kv(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device) -> KVMemory:
-    """KV memory for `num_blocks` blocks; CapacityError when the device cannot hold it."""
+    """KV memory for `num_blocks` blocks and the spare ones; CapacityError when the device cannot hold it."""
+    num_blocks += spare_blocks(block_size, device)
     shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
     try:
         pages = torch.empty(shape, dtype=spec.dtype, device=device)
@@ -30,10 +32,21 @@ def allocate_kv(spec: ModelSpec, num_blocks: int, block_size: int, device: torch
 
 
 class TorchExecutor:
-    """Executor over a torch Decoder. See kvarn.serving.executors.protocol."""
+    """Executor over a torch Decoder. See kvarn.serving.executors.protocol.
+
+    `kv` comes from `allocate_kv`. With `cuda_graphs`, a CUDA device replays decode steps where the decoder allows it.
+    """
 
     def __init__(
-        self, decoder: Decoder, kv: KVMemory, sampler: Sampler, *, max_rows: int, max_requests: int, max_context: int
+        self,
+        decoder: Decoder,
+        kv: KVMemory,
+        sampler: Sampler,
+        *,
+        max_rows: int,
+        max_requests: int,
+        max_context: int,
+        cuda_graphs: bool = True,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -41,17 +54,20 @@ class TorchExecutor:
         self.block_size = kv.slot_positions.shape[1]
         self._flat_positions = kv.slot_positions.view(-1)
         self.forward_seconds = 0.0
-        self._packer = Packer(
-            max_rows=max_rows,
-            max_requests=max_requests,
-            max_context=max_context,
-            block_size=self.block_size,
-            device=kv.pages.device,
-        )
+        device = kv.pages.device
+        limits = {"max_rows": max_rows, "max_requests": max_requests, "max_context": max_context}
+        self._spare_blocks = spare_blocks(self.block_size, device)
+        self._forward = self._forward_at_once
+        if device.type == "cuda":
+            capture = CudaGraphs() if cuda_graphs and decoder.capturable else None
+            launcher = DeviceForward(decoder, kv, **limits, num_spare_blocks=self._spare_blocks, capture=capture)
+            self._forward = launcher.run
+            device = torch.device("cpu")  # the launcher sends a batch to its device
+        self._packer = Packer(**limits, block_size=self.block_size, device=device)
 
     @property
     def num_blocks(self) -> int:
-        return int(self.kv.pages.shape[0])
+        return int(self.kv.pages.shape[0]) - self._spare_blocks
 
     def add(self, request: Request) -> None:
         self.sampler.add(request)
@@ -62,9 +78,12 @@ class TorchExecutor:
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[SampledToken]:
         forward = self._packer.pack(batch)
-        self._flat_positions[forward.slots] = forward.positions
         started = perf_counter()
-        logits = self.decoder.forward(forward, self.kv)
+        logits = self._forward(forward)
         self.forward_seconds += perf_counter() - started
         sampling = [row.request for row in batch.rows if row.samples]
         return self.sampler.sample(logits, sampling) if sampling else []
+
+    def _forward_at_once(self, batch: ForwardBatch) -> torch.Tensor:
+        self._flat_positions[batch.slots] = batch.positions
+        return self.decoder.forward(batch, self.kv)
