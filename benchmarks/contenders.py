@@ -7,9 +7,9 @@ Names of contenders are the keys of the results; `benchmarks.render` shows their
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks import model, peers
 
@@ -73,7 +73,16 @@ LONG_CONTEXT = {
 }
 
 
-def chosen(names: Iterable[str] | None, table: dict[str, Contender]) -> list[str]:
+class Installed(Protocol):
+    """A Contender or a Server."""
+
+    @property
+    def system(self) -> str: ...
+    @property
+    def is_installed(self) -> bool: ...
+
+
+def chosen(names: Sequence[str] | None, table: Mapping[str, Installed]) -> list[str]:
     """The names asked for (a system's name means all of its precisions), or all that are installed."""
     if not names:
         missing = sorted({one.system for one in table.values() if not one.is_installed})

@@ -64,17 +64,38 @@ def _machine_busy() -> float:
 
 def _own_busy() -> float:
     """Seconds of processor time used by this process and its living and reaped descendants."""
-    parents: dict[int, int] = {}
-    used: dict[int, int] = {}
+    fields = _process_fields()
+    return sum(sum(int(ticks) for ticks in fields[pid][11:15]) for pid in _family(os.getpid(), fields)) / _TICKS
+
+
+def family(pid: int) -> set[int]:
+    """A process and its living descendants."""
+    return _family(pid, _process_fields())
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process, pages that it shares counted by its share (PSS); 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+
+
+def _process_fields() -> dict[int, list[str]]:
+    """/proc/PID/stat of every process, what follows its name: state, parent, ..."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
+                found[int(entry.name)] = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue  # it ended meanwhile
-            parents[int(entry.name)] = int(after_name[1])
-            used[int(entry.name)] = sum(int(ticks) for ticks in after_name[11:15])
-    mine = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in mine and pid not in mine}:
-        mine |= more
-    return sum(used[pid] for pid in mine if pid in used) / _TICKS
+    return found
+
+
+def _family(pid: int, fields: dict[int, list[str]]) -> set[int]:
+    members = {pid} & fields.keys()
+    while more := {one for one, parts in fields.items() if int(parts[1]) in members and one not in members}:
+        members |= more
+    return members

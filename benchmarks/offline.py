@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from benchmarks import machine, model, render, settings
@@ -42,7 +43,7 @@ def run_session(name: str, workload: Workload, threads: int, limit: float, patie
                 engine.generate,
                 Workload(**{**asdict(workload), "batches": batches}),
                 on_reading=show,
-                before_run=lambda: machine.wait_until_quiet(patience) and None,
+                before_run=partial(machine.wait_until_quiet, patience),
             )
             foreign = iter(engine.foreign[1:])  # the first batch is the warm-up
             rows = [

@@ -3,6 +3,8 @@
     python -m benchmarks.render                    every file in benchmarks/results
     python -m benchmarks.render FILE.json ...
 
+Either call also writes bars.md, and the tables into the README.
+
 Numbers in documents come from here and are never typed by hand.
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables
+from benchmarks import bars, machine_tables, tables
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,13 +37,13 @@ COLOURS = {
 def render(path: Path) -> None:
     """Write the table and the picture of one results file."""
     data = json.loads(path.read_text())
-    table, bars = RENDERERS[data["benchmark"]](data, path.parent)
+    table, heights = RENDERERS[data["benchmark"]](data, path.parent)
     footer = tables.footer(data) if "rounds" in data["conditions"] else []
     path.with_suffix(".md").write_text("\n".join([*table, "", *footer, ""]))
-    if not bars:
+    if not heights:
         return
     # The documentation can only show pictures that lie below it.
-    _draw(bars, (PICTURES if path.parent == RESULTS else path.parent) / f"{path.stem}.svg")
+    _draw(heights, (PICTURES if path.parent == RESULTS else path.parent) / f"{path.stem}.svg")
 
 
 def is_close(name: str, folder: Path) -> bool:
@@ -59,9 +61,18 @@ RENDERERS: dict[str, Renderer] = {
     "long_context": lambda data, _: tables.long_context_table(data),
     "served": lambda data, _: tables.served_table(data),
     "quality": lambda data, _: tables.quality_table(data),
+    "limits": lambda data, _: machine_tables.limits_table(data),
+    "neighbours": lambda data, _: machine_tables.neighbours_table(data),
+    "overhead": lambda data, _: machine_tables.overhead_table(data),
     "step": lambda data, _: tables.step_table(data),
     "linear": lambda data, _: tables.linear_table(data),
 }
+
+
+def render_bars(folder: Path) -> None:
+    """Write bars.md: every bar with what the results in `folder` say."""
+    lines = bars.bars_table(folder, lambda name: is_close(name, folder))
+    (folder / "bars.md").write_text("\n".join([*lines, ""]))
 
 
 def update_readme() -> None:
@@ -81,14 +92,14 @@ def update_readme() -> None:
     README.write_text(before + "\n\n".join([README_START, "\n".join(parts), README_END]) + after)
 
 
-def _draw(bars: tables.Bars, path: Path) -> None:
+def _draw(heights: tables.Bars, path: Path) -> None:
     """One small bar chart a figure, everybody in the same colour throughout."""
-    figure = Figure(figsize=(2.1 * max(1, len(bars)), 3.6), layout="constrained")
-    axes = figure.subplots(1, max(1, len(bars)), squeeze=False)[0]
-    labels = list(dict.fromkeys(label for values in bars.values() for label in values))
+    figure = Figure(figsize=(2.1 * max(1, len(heights)), 3.6), layout="constrained")
+    axes = figure.subplots(1, max(1, len(heights)), squeeze=False)[0]
+    labels = list(dict.fromkeys(label for values in heights.values() for label in values))
     colours = _colours(labels)
     shown = {}
-    for axis, (title, values) in zip(axes, bars.items(), strict=False):
+    for axis, (title, values) in zip(axes, heights.items(), strict=False):
         for label, value in values.items():
             shown[label] = axis.bar(labels.index(label), value, color=colours[label])
         axis.set_title(title, fontsize=9)
@@ -111,8 +122,9 @@ def _colours(labels: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or sorted(RESULTS.glob("*.json")):
-        if json.loads(Path(name).read_text()).get("benchmark") in RENDERERS:
-            render(Path(name))
-            print(Path(name).with_suffix(".md"))
+    for file in map(Path, sys.argv[1:] or sorted(map(str, RESULTS.glob("*.json")))):
+        if json.loads(file.read_text()).get("benchmark") in RENDERERS:
+            render(file)
+            print(file.with_suffix(".md"))
+    render_bars(RESULTS)
     update_readme()

@@ -1,6 +1,6 @@
 """Where a decode step's time goes: the model's forward pass, and everything else (scheduling, packing, sampling).
 
-    python -m benchmarks.step [--batches 1 16 32] [--repeats 5]
+    python -m benchmarks.step [--batches 1 16 32] [--repeats 5] [--precision int8] [--quick]
 
 Greedy, 128 tokens in, 128 out; only steps in which every sequence decodes are counted. Results:
 `benchmarks/results/step.json` and `.md`.
@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from benchmarks import machine, render
+from benchmarks.adapters.kvarn import engine_settings
 from benchmarks.results import Results
 
 from kvarn.bench.offline import random_prompts
@@ -46,11 +47,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="auto", help="of the engine (default: what it chooses)")
+    parser.add_argument("--quick", action="store_true", help="one small batch, results to .cache/benchmarks")
     arguments = parser.parse_args()
-    offline = OfflineEngine.load("smollm2", dtype="bfloat16")
+    if arguments.quick:
+        arguments.batches, arguments.repeats = [4], 1
+    offline = OfflineEngine.load(**engine_settings(precision=arguments.precision))
     decode_seconds(offline, max(arguments.batches), run=-1)  # warm-up
-    conditions = {"repeats": arguments.repeats, "input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
-    results = Results("step", conditions, merge=False)
+    conditions = {
+        "repeats": arguments.repeats, "precision": arguments.precision, "input_tokens": INPUT_TOKENS,
+        "output_tokens": OUTPUT_TOKENS,
+    }  # fmt: skip
+    results = Results("step", conditions, merge=False, quick=arguments.quick)
     rows: list[dict[str, Any]] = []
     for batch in arguments.batches:
         for run in range(arguments.repeats):

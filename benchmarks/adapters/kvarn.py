@@ -13,7 +13,8 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     from kvarn.serving.sampling.params import SamplingParams
 
     chosen = engine_settings(**{name: settings[name] for name in ("precision", "kv_dtype") if name in settings})
-    engine = OfflineEngine.load(threads=settings["threads"], **chosen)
+    limits = {"max_running": settings["max_running"]} if "max_running" in settings else {}
+    engine = OfflineEngine.load(threads=settings["threads"], **chosen, **limits)
 
     def generate(prompts: list[list[int]], output_tokens: int) -> Generated:
         made = Generated(len(prompts))
@@ -37,6 +38,8 @@ def engine_settings(**wanted: str) -> dict[str, Any]:
     fields = EngineConfig.__struct_fields__
     if "precision" not in fields and wanted.get("precision") in ("bfloat16", "float32", "auto"):
         wanted["dtype"] = wanted.pop("precision")
+    if "kv_dtype" not in fields and wanted.get("kv_dtype") in ("bfloat16", "auto"):
+        del wanted["kv_dtype"]
     if missing := set(wanted) - set(fields):
         raise KvarnError(f"this version of kvarn has no setting {', '.join(sorted(missing))}")
     return {"model": "smollm2", **wanted}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import engines, machine, offline, render, results
+from benchmarks import engines, machine, offline, render, results, work
 
 from kvarn.simulation.report import RequestRecord, summarize
 
@@ -96,6 +98,67 @@ def test_served_bursts_become_one_row_a_server() -> None:
     table = kept.path.with_suffix(".md").read_text()
     assert "| kvarn | 7.33 | 0.5 | 0.5 | 0.5 | 0.1 | 0.1 | 0.1 | 7.33 | 3 | 0 |" in table
     assert "throughput 1.00x (higher is better), P99 TTFT 1.00x, P99 ITL 1.00x (lower is better)" in table
+
+
+def test_bars_are_told_from_results_with_the_condition_and_what_was_not_measured() -> None:
+    kept = results.Results("offline", CONDITIONS | {"batches": [1, 16]}, merge=False)
+    ours, theirs = session("kvarn bf16", [120.0], [1000.0]), session("vLLM bf16", [100.0], [1000.0])
+    for one, rate in ((ours, 700.0), (theirs, 600.0)):
+        one["readings"].append({"kind": "decode", "size": 16, "repeats": [rate], "foreign_cores": [0.0]})
+    kept.add_session("kvarn-bf16", ours, first=True)
+    kept.add_session("vllm-bf16", theirs, first=True)
+    render.render_bars(kept.path.parent)
+    table = (kept.path.parent / "bars.md").read_text()
+    assert "| decode, batch 1 | bf16 class | ≥ 1 x | 1.2 x | holds |" in table
+    assert (
+        "| decode, batch 16 | kvarn bf16 (KL within 0.02) against vLLM bf16 | ≥ 1.3 x | 1.17 x | **missed** |" in table
+    )
+    assert "1 of 3 hold" in table
+    assert "Not measured: limits, long_context, neighbours, overhead, served, step." in table
+
+
+def test_a_share_of_the_limit_counts_what_a_precision_reads_and_in_which_arithmetic_it_multiplies() -> None:
+    kept = results.Results("limits", CONDITIONS, merge=False)
+    one = session("kvarn int8", [100.0], [2000.0], weights="8-bit")
+    kept.add_session("kvarn-int8", {"precision": "int8", **one}, first=True)
+    kept.data |= {
+        "limits": {"read": 40e9, "bf16": 400e9, "int8": 800e9},
+        "weight_bytes": {"int8": 200e6},
+        "prefill_operations": {"512": 512 * 0.2e9},
+    }
+    kept.save()
+    render.render(kept.path)
+    table = kept.path.with_suffix(".md").read_text()
+    assert "| kvarn int8 | 200 | 100 tokens/s: 50 % | 2,000 tokens/s: 50 % |" in table
+
+
+def test_what_is_left_beside_a_busy_process_is_a_share_of_the_quiet_speed() -> None:
+    kept = results.Results("neighbours", CONDITIONS, merge=False)
+    one = session("kvarn bf16", [], [])
+    reading = {"size": 1, "quiet": [90.0, 100.0, 110.0], "busy": [40.0, 50.0, 60.0], "foreign_cores": [0.0] * 3}
+    kept.add_session("kvarn-bf16", one | {"readings": [reading]}, first=True)
+    render.render(kept.path)
+    assert "| kvarn bf16 | 100 (90-110) | 50 (40-60) | **0.50** |" in kept.path.with_suffix(".md").read_text()
+
+
+def test_the_work_of_the_model_is_that_of_its_config() -> None:
+    shape = work.shape()
+    assert shape.weight_bytes("bfloat16") == 2 * (
+        30 * (576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536) + 49152 * 576
+    )
+    per_token = shape.prefill_operations(2) - shape.prefill_operations(1)
+    assert per_token == 2 * shape.layers * shape.layer_weights + 4 * shape.layers * shape.hidden * 2
+
+
+def test_memory_of_a_process_tree_counts_its_living_members() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert child.pid in machine.family(os.getpid())
+        assert machine.resident_bytes(child.pid) > 0
+    finally:
+        child.kill()
+        child.wait()
+    assert machine.resident_bytes(child.pid) == 0
 
 
 def test_foreign_load_leaves_our_own_work_out() -> None:

@@ -1,0 +1,119 @@
+"""Tables of kvarn against its machine: limits, busy neighbours, what the server adds."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from benchmarks.tables import Bars, Rendered, cell, good, grid, label, runs_of, short
+
+GIGA = 1e9
+
+
+def limits_table(data: dict[str, Any]) -> Rendered:
+    """Rows: precisions; columns: decode's share of the read bandwidth, prefill's of the GEMM peak."""
+    limits, sessions = data["limits"], good(data)
+    rows = []
+    for name, one in sessions.items():
+        shares = limit_shares(data, name)
+        rate = median(rate for rate, _ in runs_of(one, ("decode", 1)))
+        prefills = (
+            f"{short(median(rate for rate, _ in runs_of(one, ('prefill', tokens))))} tokens/s: "
+            f"{100 * shares[f'prefill {tokens}']:.0f} %"
+            for tokens in data["conditions"]["prefills"]
+        )
+        weights = data["weight_bytes"][one[0]["precision"]]
+        decode = f"{short(rate)} tokens/s: {100 * shares['decode']:.0f} %"
+        rows.append([label(name, sessions), short(weights / 1e6), decode, *prefills])
+    intro = (
+        f"How close to the machine: it reads {limits['read'] / GIGA:.1f} GB/s, multiplies {limits['bf16'] / GIGA:,.0f} "
+        f"GFLOP/s in bf16 and {limits['int8'] / GIGA:,.0f} GOP/s in int8, measured in the same run. Decode at batch 1 "
+        "as a share of the read bandwidth, prefill of the peak in its arithmetic."
+    )
+    head = ["precision", "matrices MB", "decode 1", *(f"prefill {tokens}" for tokens in data["conditions"]["prefills"])]
+    return [intro, "", *grid(head, rows)], {}
+
+
+def limit_shares(data: dict[str, Any], name: str) -> dict[str, float]:
+    """ "decode" and "prefill N" of one precision -> share of the machine's limit."""
+    sessions, limits = good(data)[name], data["limits"]
+    precision = sessions[0]["precision"]
+    peak = limits["bf16" if precision == "bfloat16" else "int8"]
+    rate = median(rate for rate, _ in runs_of(sessions, ("decode", 1)))
+    shares = {"decode": data["weight_bytes"][precision] * rate / limits["read"]}
+    for tokens in data["conditions"]["prefills"]:
+        rate = median(rate for rate, _ in runs_of(sessions, ("prefill", tokens)))
+        shares[f"prefill {tokens}"] = data["prefill_operations"][str(tokens)] / tokens * rate / peak
+    return shares
+
+
+def neighbours_table(data: dict[str, Any]) -> Rendered:
+    """Rows: contenders; columns: decode quiet and beside a busy process, by batch."""
+    conditions, sessions = data["conditions"], good(data)
+    batches = conditions["batches"]
+    rows: list[list[str]] = []
+    bars: Bars = {f"batch {batch}: share kept": {} for batch in batches}
+    for name, one in sessions.items():
+        row = [label(name, sessions)]
+        for batch in batches:
+            quiet, busy, foreign = neighbour_rates(one, batch)
+            if not busy:
+                row += ["", "", ""]
+                continue
+            kept = median(busy) / median(quiet)
+            row += [cell(quiet, foreign), cell(busy, [0.0]), f"**{kept:.2f}**"]
+            bars[f"batch {batch}: share kept"][row[0]] = kept
+        rows.append(row)
+    intro = (
+        f"Beside a process that keeps one of {conditions['threads']} cores busy: decode tokens/s, greedy "
+        f"({conditions['input_tokens']} in, {conditions['output_tokens']} out), and the share that is left."
+    )
+    head = ["engine", *(title for batch in batches for title in (f"{batch} quiet", f"{batch} beside", "kept"))]
+    return [intro, "", *grid(head, rows)], bars
+
+
+def neighbour_rates(sessions: list[dict[str, Any]], batch: int) -> tuple[list[float], list[float], list[float]]:
+    """Tokens/s quiet and beside the neighbour, and the foreign load of the quiet runs."""
+    readings = [one for session in sessions for one in session["readings"] if one["size"] == batch]
+    quiet, busy, foreign = (
+        [value for one in readings for value in one[part]] for part in ("quiet", "busy", "foreign_cores")
+    )
+    return quiet, busy, foreign
+
+
+def overhead_table(data: dict[str, Any]) -> Rendered:
+    """Rows: precisions; columns: start, memory beyond weights and pool, throughput served and in process."""
+    conditions, sessions = data["conditions"], good(data)
+    rows = []
+    for name, one in sessions.items():
+        session = one[-1]
+        rows.append([
+            label(name, sessions),
+            cell(session["start_seconds"], [0.0]),
+            short(session["resident_bytes"] / 1e6),
+            short(memory_beyond(session) / 1e6),
+            cell(session["served"], session["foreign_cores"]),
+            cell(session["in_process"], session["foreign_cores"]),
+            f"**{median(session['served']) / median(session['in_process']):.2f}**",
+        ])  # fmt: skip
+    intro = (
+        "What the server adds to the engine: start to first token; resident memory of all its processes, and what of "
+        "it is neither weights nor KV pool (MB = 1,000,000 bytes); output tokens/s of "
+        f"{conditions['requests']} requests ({conditions['tokens']} in, {conditions['tokens']} out), "
+        f"{conditions['concurrency']} at a time, served and in process."
+    )
+    head = [
+        "kvarn",
+        "start s",
+        "resident MB",
+        "beyond weights and pool MB",
+        "served",
+        "in process",
+        "served / in process",
+    ]
+    return [intro, "", *grid(head, rows)], {}
+
+
+def memory_beyond(session: dict[str, Any]) -> float:
+    """Resident bytes that are neither the matrices, once, nor the KV pool."""
+    return float(session["resident_bytes"] - session["weight_bytes"] - session["pool_bytes"])
