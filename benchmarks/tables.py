@@ -167,7 +167,8 @@ def step_table(data: dict[str, Any]) -> Rendered:
         rows.append([str(batch), step, cell([100 * row["outside_share"] for row in ours], foreign)])
     intro = (
         f"A decode step of kvarn (precision {conditions.get('precision', 'bfloat16')}), greedy "
-        f"({conditions['input_tokens']} in, {conditions['output_tokens']} out), median (lowest-highest) of {conditions['repeats']} runs."
+        f"({conditions['input_tokens']} in, {conditions['output_tokens']} out), "
+        f"median (lowest-highest) of {conditions['repeats']} runs."
     )
     return [intro, "", *grid(["batch", "step ms", "outside the forward pass %"], rows), "", machine_line(data)], {}
 
