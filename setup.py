@@ -19,10 +19,17 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/kvarn/kernels/cpu")
 TORCH_SOURCES = [
-    "tensors.cpp", "ops_attention.cpp", "ops_linear.cpp", "ops_rowwise.cpp", "ops_sampling.cpp", "variants.cpp",
+    "tensors.cpp", "ops_attention.cpp", "ops_linear.cpp", "ops_rowwise.cpp", "ops_sampling.cpp", "team.cpp",
+    "variants.cpp",
 ]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
-X86_VARIANTS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+VNNI = [*AVX512, "-mavx512vnni"]
+X86_VARIANTS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_vnni": VNNI,
+    "avx512_bf16": [*VNNI, "-mavx512bf16"],
+}
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 # The oldest torch whose stable ABI the library uses.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"

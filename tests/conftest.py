@@ -111,5 +111,5 @@ def model_folder() -> Path:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """One server for all tests that do it no harm. In float32: near ties must not decide what a test reads."""
-    with serve("--kv-memory", "512MiB", "--dtype", "float32") as running:
+    with serve("--kv-memory", "512MiB", "--precision", "float32") as running:
         yield running

@@ -23,7 +23,7 @@ def kvarn(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_generate_prints_text():
-    done = kvarn("generate", "What is the capital of France?", "--temperature", "0", "--dtype", "float32")
+    done = kvarn("generate", "What is the capital of France?", "--temperature", "0", "--precision", "float32")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 
@@ -96,7 +96,7 @@ def test_bench_serve_reports_json(server: ServerProcess):
         (("generate", "hi", "--max-tokens", "0"), "max-tokens"),
         (("serve", "--threads", "100000000"), "threads"),
         (("serve", "--max-running", "1000000000000"), "max_running"),
-        (("generate", "hi", "--dtype", "float7"), "float7"),
+        (("generate", "hi", "--precision", "float7"), "float7"),
         (("generate", "word " * 9000), "context"),
         (("generate", "hi", "--file", "absent.txt"), "absent.txt"),
         (("chat", "--base-url", "http://127.0.0.1:9", "--once", "hi"), "kvarn serve"),

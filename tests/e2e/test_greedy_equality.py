@@ -62,7 +62,7 @@ def expected(model_folder: Path) -> list[tuple[list[int], list[int]]]:
 
 
 def _load(**settings: object) -> OfflineEngine:
-    engine = OfflineEngine.load("smollm2", dtype="float32", **settings)
+    engine = OfflineEngine.load("smollm2", precision="float32", **settings)
     engine.engine._check = True
     return engine
 

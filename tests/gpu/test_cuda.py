@@ -43,7 +43,7 @@ def test_greedy_equals_transformers_with_chunks_preemption_and_prefixes(folder: 
         output = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
         expected.append(output[0, len(prompt) :].tolist())
     engine = OfflineEngine.load(
-        str(folder), device="cuda", dtype="float32", token_budget=64, max_context=800, kv_memory_bytes=4 * 2**20
+        str(folder), device="cuda", precision="float32", token_budget=64, max_context=800, kv_memory_bytes=4 * 2**20
     )
     engine.engine._check = True
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
@@ -53,7 +53,7 @@ def test_greedy_equals_transformers_with_chunks_preemption_and_prefixes(folder: 
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(folder: Path):
-    engine = OfflineEngine.load(str(folder), device="cuda", dtype="float32", kv_memory_bytes=16 * 2**20)
+    engine = OfflineEngine.load(str(folder), device="cuda", precision="float32", kv_memory_bytes=16 * 2**20)
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=7, max_tokens=TOKENS, ignore_eos=True)
     together = [r.token_ids for r in engine.generate(_prompts(), params)]
     alone = [engine.generate([prompt], params)[0].token_ids for prompt in _prompts()]
@@ -61,6 +61,6 @@ def test_seeded_sampling_does_not_depend_on_the_batch(folder: Path):
 
 
 def test_bfloat16_runs(folder: Path):
-    engine = OfflineEngine.load(str(folder), device="cuda", dtype="bfloat16", kv_memory_bytes=16 * 2**20)
+    engine = OfflineEngine.load(str(folder), device="cuda", precision="bfloat16", kv_memory_bytes=16 * 2**20)
     (result,) = engine.generate([_prompts()[4]], SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
     assert len(result.token_ids) == TOKENS

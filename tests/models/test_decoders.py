@@ -93,7 +93,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", [*FUSED, *GENERIC])
 def test_logits_equal_transformers_in_chunks_and_in_mixed_batches(family: str, tmp_path: Path) -> None:
     files = save_model({**FUSED, **GENERIC}[family](), tmp_path)
-    decoder = load_decoder(files, dtype="float32")
+    decoder = load_decoder(files, precision="float32")
     assert type(decoder) is (LlamaDecoder if family in FUSED else TransformersDecoder)
     reference = reference_model(tmp_path)
     runner = PagedRunner(decoder)
@@ -110,7 +110,7 @@ def test_logits_equal_transformers_in_chunks_and_in_mixed_batches(family: str, t
 
 @pytest.mark.parametrize("family", ["llama_tied", "qwen3", "gpt2"])
 def test_only_rows_that_want_logits_get_them(family: str, tmp_path: Path) -> None:
-    decoder = load_decoder(save_model({**FUSED, **GENERIC}[family](), tmp_path), dtype="float32")
+    decoder = load_decoder(save_model({**FUSED, **GENERIC}[family](), tmp_path), precision="float32")
     prompts = {index: random_tokens(5 + 7 * index, seed=index) for index in range(4)}
     every = PagedRunner(decoder).step(prompts, every_row=True)
     ends = torch.tensor([len(prompt) for prompt in prompts.values()]).cumsum(0) - 1
@@ -118,7 +118,7 @@ def test_only_rows_that_want_logits_get_them(family: str, tmp_path: Path) -> Non
 
 
 def test_a_pass_that_wants_no_logits_still_writes_its_keys_and_values(tmp_path: Path) -> None:
-    decoder = load_decoder(save_model(FUSED["llama"](), tmp_path), dtype="float32")
+    decoder = load_decoder(save_model(FUSED["llama"](), tmp_path), precision="float32")
     tokens = random_tokens(40, seed=3)
     runner = PagedRunner(decoder)
     assert runner.step({0: tokens[:30]}, no_rows=True).shape == (0, VOCABULARY)
@@ -129,8 +129,8 @@ def test_a_pass_that_wants_no_logits_still_writes_its_keys_and_values(tmp_path: 
 def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
     files = save_model({**FUSED, **GENERIC}[family](), tmp_path)
     tokens = random_tokens(60, seed=4)
-    exact = PagedRunner(load_decoder(files, dtype="float32")).step({0: tokens}, every_row=True)
-    decoder = load_decoder(files, dtype="bfloat16")
+    exact = PagedRunner(load_decoder(files, precision="float32")).step({0: tokens}, every_row=True)
+    decoder = load_decoder(files, precision="bfloat16")
     rough = PagedRunner(decoder).step({0: tokens}, every_row=True).float()
     assert decoder.spec.dtype == torch.bfloat16
     assert float(torch.nn.functional.cosine_similarity(exact, rough, dim=-1).min()) > 0.99
@@ -140,14 +140,14 @@ def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
 def test_models_that_paged_attention_cannot_serve_are_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     files = save_model(REJECTED[family](), tmp_path)
     with pytest.raises(ModelError, match=r"paged|plain causal"):
-        load_decoder(files, dtype="float32")
+        load_decoder(files, precision="float32")
 
 
 def test_real_weights_give_transformers_greedy_text(model_folder: Path) -> None:
     from kvarn.models.sources import ModelFiles
     from kvarn.models.tokenizer import Tokenizer
 
-    decoder = load_decoder(ModelFiles("smollm2", model_folder, "bundled"), dtype="float32")
+    decoder = load_decoder(ModelFiles("smollm2", model_folder, "bundled"), precision="float32")
     tokenizer, reference = Tokenizer.load(model_folder), reference_model(model_folder)
     for text in ("The capital of France is", "def fibonacci(n):", "東京の天気は 🎉"):
         prompt = tokenizer.encode(text)
@@ -163,7 +163,7 @@ def test_real_weights_through_the_generic_decoder(model_folder: Path) -> None:
     files = ModelFiles("smollm2", model_folder, "bundled")
     config = read_config(model_folder)
     generic = TransformersDecoder.load(files, config, torch.float32, torch.device("cpu"))
-    fused = load_decoder(files, dtype="float32")
+    fused = load_decoder(files, precision="float32")
     assert generic.spec.kv_bytes_per_token == fused.spec.kv_bytes_per_token
     prompt = list(range(1000, 1050))
     assert_close(PagedRunner(generic).step({0: prompt}), PagedRunner(fused).step({0: prompt}))
@@ -183,4 +183,4 @@ def test_a_model_that_attends_otherwise_than_it_says_is_refused(
     files = save_model(GENERIC["phi3"](), tmp_path)
     monkeypatch.setattr(modeling_phi3, "Phi3Attention", OtherScale)
     with pytest.raises(ModelError, match="cosine"):
-        load_decoder(files, dtype="float32")
+        load_decoder(files, precision="float32")

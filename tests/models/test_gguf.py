@@ -56,7 +56,7 @@ def test_a_converted_model_is_the_model_it_was(family: str, tmp_path: Path) -> N
     expected = reference_logits(reference_model(source), tokens)
     for logits in (
         reference_logits(reference_model(target), tokens),
-        PagedRunner(load_decoder(ModelFiles(family, target, "gguf"), dtype="float32")).step(
+        PagedRunner(load_decoder(ModelFiles(family, target, "gguf"), precision="float32")).step(
             {0: tokens}, every_row=True
         ),
     ):
@@ -185,5 +185,5 @@ def _resolve_and_load(path: Path, cache: Path) -> list[str]:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         folder = Path(pool.apply(_resolve_in_child, (str(path), str(cache))))
-    load_decoder(ModelFiles("tiny", folder, "gguf"), dtype="float32")
+    load_decoder(ModelFiles("tiny", folder, "gguf"), precision="float32")
     return [folder.name]

@@ -112,13 +112,13 @@ def measure(
     return readings
 
 
-def kvarn_engine(model: str, dtype: str, **settings: Any) -> tuple[Generate, float]:
+def kvarn_engine(model: str, precision: str, **settings: Any) -> tuple[Generate, float]:
     """kvarn's own engine in this process as a `Generate`, and the seconds it took to load."""
     from kvarn.serving.offline import OfflineEngine
     from kvarn.serving.sampling.params import SamplingParams
 
     started = time.perf_counter()
-    engine = OfflineEngine.load(model, dtype=dtype, **settings)
+    engine = OfflineEngine.load(model, precision=precision, **settings)
     load_seconds = time.perf_counter() - started
 
     def generate(prompts: list[list[int]], output_tokens: int) -> TokenTimes:

@@ -19,6 +19,7 @@ from kvarn.bench import client, offline
 from kvarn.bench.http import Endpoint
 from kvarn.bench.prompts import PromptMaker, load_tokenizer, single_token_words
 from kvarn.errors import KvarnError
+from kvarn.serving.config import PrecisionChoice
 from kvarn.simulation import plots, traces, workloads
 from kvarn.simulation.report import Report, RequestRecord, Slo, render, summarize
 from kvarn.simulation.workloads import RequestSpec
@@ -194,7 +195,9 @@ def _write(folder: Path, conditions: dict[str, Any], records: Sequence[RequestRe
 @app.command("offline")
 def bench_offline(
     model: Annotated[str, typer.Argument(help="Name, folder, GGUF file or hub id.")] = "smollm2",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.")
+    ] = "auto",
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help=_BATCH_HELP)] = None,
     input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length for decode.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Output length for decode.")] = 128,
@@ -209,16 +212,16 @@ def bench_offline(
     workload = offline.Workload(batches, input_tokens, output_tokens, prefills, repeats, seed)
     with _progress() as progress:
         task = progress.add_task("loading", total=len(batches) + len(prefills))
-        generate, load_seconds = offline.kvarn_engine(model, dtype)
+        generate, load_seconds = offline.kvarn_engine(model, precision)
         progress.update(task, description="measuring")
         readings = offline.measure(generate, workload, on_reading=lambda reading: progress.advance(task))
     if as_json:
         rows = [reading.to_json() for reading in readings]
-        typer.echo(json.dumps({"model": model, "dtype": dtype, "load_seconds": load_seconds,
+        typer.echo(json.dumps({"model": model, "precision": precision, "load_seconds": load_seconds,
                                "conditions": asdict(workload), "readings": rows}))  # fmt: skip
         return
     table = Table(
-        "", "tokens/s", "repeats", title=f"{model} {dtype}, loaded in {load_seconds:.1f} s", title_justify="left"
+        "", "tokens/s", "repeats", title=f"{model} {precision}, loaded in {load_seconds:.1f} s", title_justify="left"
     )
     for reading in readings:
         what = f"decode, batch {reading.size}" if reading.kind == "decode" else f"prefill, {reading.size} tokens"

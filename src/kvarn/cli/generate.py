@@ -13,7 +13,7 @@ from rich.console import Console
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
-from kvarn.serving.config import DType
+from kvarn.serving.config import PrecisionChoice
 
 if TYPE_CHECKING:
     from kvarn.models.tokenizer import Tokenizer
@@ -33,7 +33,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same text; -1: random.")] = -1,
-    dtype: Annotated[DType, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     kv_memory: Annotated[str, typer.Option(help="Memory of the KV cache, such as 2GiB.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
@@ -47,7 +49,7 @@ def generate(
     texts = _prompts(prompt, file)
     with LoadingDisplay(Console(stderr=True), quiet=as_json) as display:
         engine = OfflineEngine.load(
-            model, progress=display.update, dtype=dtype, device=device,
+            model, progress=display.update, precision=precision, device=device,
             kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
         )  # fmt: skip
     tokenizer = Tokenizer.load(engine.folder)

@@ -14,7 +14,7 @@ from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import DType, EngineConfig, PolicyName
+from kvarn.serving.config import EngineConfig, PolicyName, PrecisionChoice
 
 _ENGINE, _LIMITS, _SERVER = "Engine", "Limits", "Server"
 
@@ -47,8 +47,9 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel=_SERVER)
     ] = False,
-    dtype: Annotated[
-        DType, typer.Option(help="Arithmetic: auto, float32 or bfloat16.", rich_help_panel=_ENGINE)
+    precision: Annotated[
+        PrecisionChoice,
+        typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.", rich_help_panel=_ENGINE),
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=_ENGINE)] = "cpu",
     policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
@@ -95,7 +96,8 @@ def serve(
 
     config = ServerConfig(
         engine=EngineConfig(
-            model=model, dtype=dtype, device=device, policy=policy, max_context=max_context, max_running=max_running,
+            model=model, precision=precision, device=device, policy=policy, max_context=max_context,
+            max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
         ),

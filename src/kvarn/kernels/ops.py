@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvarn.kernels import native, reference, triton
+from kvarn.kernels import native, quantized, reference, triton
 
 _library = torch.library.Library("kvarn", "DEF")  # type: ignore[no-untyped-call]
 
@@ -74,9 +74,18 @@ _pack_linear = _declare(
     lambda weight: weight.new_empty((-(-weight.shape[0] // 32), -(-weight.shape[1] // 2), 32, 2)),
 )
 _packed_linear = _declare(
-    "packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
+    "packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool float32=False) -> Tensor",
     reference.packed_linear,
-    lambda x, packed, bias, out_features: x.new_empty((x.shape[0], out_features)),
+    lambda x, packed, bias, out_features, float32=False: x.new_empty(
+        (x.shape[0], out_features), dtype=torch.float32 if float32 else None
+    ),
+)
+_int_linear = _declare(
+    "int_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int bits, bool float32=False) -> Tensor",
+    quantized.int_linear,
+    lambda x, packed, bias, out_features, bits, float32=False: x.new_empty(
+        (x.shape[0], out_features), dtype=torch.float32 if float32 else None
+    ),
 )
 _largest = _declare(
     "largest(Tensor logits) -> Tensor",
@@ -216,18 +225,30 @@ def pack_linear(weight: Tensor) -> Tensor:
     return _pack_linear(weight)  # type: ignore[no-any-return]
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, float32: bool = False) -> Tensor:
     """x @ weight.T + bias for a weight [N, K] laid out by `pack_linear`.
 
     x             [M, K] bfloat16; rows may be strided
     packed        pack_linear(weight), bfloat16
     bias          None, or [N] bfloat16
     out_features  N
+    float32       return the float32 sums instead of rounding them
 
     Returns [M, N], contiguous. Sums are float32, rounded once. On the CPU every output is summed in the same order
     whatever M is: a row gives the same bits alone and among others.
     """
-    return _packed_linear(x, packed, bias, out_features)  # type: ignore[no-any-return]
+    return _packed_linear(x, packed, bias, out_features, float32)  # type: ignore[no-any-return]
+
+
+def int_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, bits: int, float32: bool = False
+) -> Tensor:
+    """x @ weight.T + bias for a weight [N, K] of 8 or 4 bits, laid out by `quantized.pack_int8` or `pack_int4`.
+
+    Rows of x are quantised to int8 in groups of 32 inputs, each with a scale of its own (largest magnitude / 127),
+    and multiplied as integers. Other arguments, the result and its order of sums as for `packed_linear`.
+    """
+    return _int_linear(x, packed, bias, out_features, bits, float32)  # type: ignore[no-any-return]
 
 
 def largest(logits: Tensor) -> Tensor:

@@ -105,10 +105,11 @@ def pack_linear(weight: Tensor) -> Tensor:
     return panels.transpose(1, 2).contiguous()
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, float32: bool = False) -> Tensor:
     weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, : x.shape[1]]  # [N, K]
     out = x.float() @ weight.float().T
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    out = out if bias is None else out + bias.float()
+    return out if float32 else out.to(x.dtype)
 
 
 def largest(logits: Tensor) -> Tensor:

@@ -7,18 +7,15 @@ multiplied with follows transformers' models exactly; a test holds the two toget
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
-from kvarn.errors import ModelError
 from kvarn.kernels import ops
-from kvarn.models.linear import PackedLinear
+from kvarn.models.linear import LinearReader, PackedLinear
 from kvarn.models.rope import SCALINGS, cos_sin_table, rope_parameters
 from kvarn.models.spec import ForwardBatch, KVMemory, ModelSpec
-from kvarn.models.weights import Weights
 
 ARCHITECTURES: Final = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
@@ -52,24 +49,21 @@ class LlamaDecoder:
 
     spec     the model's shape; `spec.dtype` is what it computes in
     config   its config.json
-    weights  its tensors, converted to `spec.dtype` and laid out for `device` one by one
+    reader   its tensors in their precision, laid out one by one
     """
 
     capturable = True
 
-    def __init__(self, spec: ModelSpec, config: dict[str, Any], weights: Weights, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, config: dict[str, Any], reader: LinearReader) -> None:
         self.spec = spec
         self._eps = float(config["rms_norm_eps"])
         self._scale = spec.head_dim**-0.5
-        self._read = _Reader(weights, spec.dtype, device)
-        self._embedding = self._read("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        self._layers = [self._layer(index, config) for index in range(spec.num_layers)]
-        self._norm = self._read("model.norm.weight", (spec.hidden_size,))
-        tied = config.get("tie_word_embeddings", False)
-        head = self._embedding if tied else self._read("lm_head.weight", (spec.vocab_size, spec.hidden_size))
-        self._head = PackedLinear(head)
-        self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(device)
-        del self._read  # lets the mapped files go
+        self._embedding = reader("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        self._layers = [self._layer(reader, index, config) for index in range(spec.num_layers)]
+        self._norm = reader("model.norm.weight", (spec.hidden_size,))
+        name = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
+        self._head = reader.head(name, (spec.vocab_size, spec.hidden_size))
+        self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(reader.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
@@ -107,8 +101,8 @@ class LlamaDecoder:
         )  # fmt: skip
         return attended.view(-1, heads * width)
 
-    def _layer(self, index: int, config: dict[str, Any]) -> _Layer:
-        spec, read, prefix = self.spec, self._read, f"model.layers.{index}"
+    def _layer(self, read: LinearReader, index: int, config: dict[str, Any]) -> _Layer:
+        spec, prefix = self.spec, f"model.layers.{index}"
         hidden, width = spec.hidden_size, spec.head_dim
         rows = {"q": spec.num_heads * width, "k": spec.num_kv_heads * width, "v": spec.num_kv_heads * width}
         middle = int(config["intermediate_size"])
@@ -125,28 +119,6 @@ class LlamaDecoder:
             down=read.linear([(f"{mlp}.down_proj", hidden)], middle),
             window=_window(index, config),
         )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads tensors in the decoder's dtype onto its device."""
-
-    weights: Weights
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.weights.get(name, shape).to(self.device, self.dtype)
-
-    def linear(self, parts: list[tuple[str, int]], width: int) -> PackedLinear:
-        """One layer out of several with the same input, stacked in order: `parts` gives each one's name and rows."""
-        weight = torch.cat([self(f"{name}.weight", (rows, width)) for name, rows in parts])
-        with_bias = [f"{name}.bias" in self.weights for name, _ in parts]
-        if not any(with_bias):
-            return PackedLinear(weight)
-        if not all(with_bias):
-            raise ModelError(f"{self.weights.folder}: some of {[name for name, _ in parts]} have a bias, some do not")
-        return PackedLinear(weight, torch.cat([self(f"{name}.bias", (rows,)) for name, rows in parts]))
 
 
 def _window(index: int, config: dict[str, Any]) -> int:

@@ -85,6 +85,7 @@ class TransformersDecoder:
             max_context=_max_context(text, files.name),
             eos_tokens=eos_tokens(files.folder, config),
             dtype=dtype,
+            precision=str(dtype).removeprefix("torch."),
         )
         decoder = cls(model, spec)
         _check_against_eager(decoder)

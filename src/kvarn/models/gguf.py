@@ -2,7 +2,7 @@
 
 Tensors kept as float32 in the file stay so. Quantised ones are stored as float16: half the bytes of float32, and its
 rounding (2^-12 of a weight) is lost in the error that quantising to 8 or fewer bits left. Tensors that were bfloat16,
-or leave float16's range, are stored as bfloat16.
+or leave float16's range, are stored as bfloat16. 4-bit blocks are kept besides, for the precision int4.
 Llama, Mistral, Qwen2 and Qwen3 are converted here, in seconds; other architectures through transformers' loader.
 """
 
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from kvarn.errors import ModelError
+from kvarn.kernels.quantized import Int4Weight
+from kvarn.models.gguf_blocks import read_int4, save_int4
 from kvarn.models.gguf_reader import GGUFFile
 from kvarn.models.gguf_tokenizer import write_tokenizer
 from kvarn.models.sources import Progress
@@ -176,17 +178,21 @@ def _write_tensors(
 ) -> None:
     shards = list(_shards(file, names))
     index: dict[str, str] = {}
+    blocks: dict[str, Int4Weight] = {}
     done = 0
     for number, shard in enumerate(shards, 1):
         tensors: dict[str, torch.Tensor] = {}
         for name in shard:
             tensors[names[name]] = _tensor(file, name, config)
+            if (kept := _int4(file, name, config)) is not None:
+                blocks[names[name]] = kept
             done += 1
             report("converting the weights", done / len(names))
         single = len(shards) == 1
         shard_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, str(target / shard_name), metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, shard_name))
+    save_int4(blocks, target)
     if len(shards) > 1:
         _write_json(target / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
 
@@ -206,12 +212,7 @@ def _shards(file: GGUFFile, names: dict[str, str]) -> Iterator[list[str]]:
 
 
 def _tensor(file: GGUFFile, name: str, config: dict[str, Any]) -> torch.Tensor:
-    values = file.read(name)
-    if config["model_type"] == "llama" and ".attn_q." in name:
-        values = _unpermute(values, config["num_attention_heads"])
-    elif config["model_type"] == "llama" and ".attn_k." in name:
-        values = _unpermute(values, config["num_key_value_heads"])
-    tensor = torch.from_numpy(values)
+    tensor = _unpermuted(torch.from_numpy(file.read(name)), name, config)
     kind = file.tensors[name].kind
     if kind == _FLOAT32:
         return tensor
@@ -220,10 +221,21 @@ def _tensor(file: GGUFFile, name: str, config: dict[str, Any]) -> torch.Tensor:
     return tensor.half()
 
 
-def _unpermute(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def _int4(file: GGUFFile, name: str, config: dict[str, Any]) -> Int4Weight | None:
+    """The tensor's 4-bit blocks, its rows in the same order as `_tensor`'s."""
+    weight = read_int4(file, name)
+    return weight and Int4Weight(*(_unpermuted(part, name, config) for part in weight))
+
+
+def _unpermuted(rows: torch.Tensor, name: str, config: dict[str, Any]) -> torch.Tensor:
     """llama.cpp stores Llama's q and k rows for interleaved rotary pairs; transformers rotates halves. Swap back."""
-    shape = values.shape
-    return values.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape).copy()
+    counts = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}
+    heads = next((config[count] for part, count in counts.items() if part in name), 0)
+    if config["model_type"] != "llama" or not heads:
+        return rows
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    swapped: torch.Tensor = pairs.transpose(1, 2).reshape(rows.shape)
+    return swapped
 
 
 def _convert_with_transformers(file: GGUFFile, target: Path, report: Progress) -> None:

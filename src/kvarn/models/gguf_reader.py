@@ -67,16 +67,20 @@ class GGUFFile:
 
         info = self.tensors[name]
         kind = GGMLQuantizationType(info.kind)
-        raw = np.frombuffer(self._data, dtype=np.uint8, count=info.nbytes, offset=info.offset)
         rows = math.prod(info.shape[:-1])
         try:
-            values = dequantize(raw.reshape(rows, -1), kind)
+            values = dequantize(self.raw(name).reshape(rows, -1), kind)
         except NotImplementedError:
             raise ModelError(
                 f"{self.path}: tensor {name} is stored as {kind.name}, which kvarn cannot read; "
                 "use a file quantised as Q8_0, Q4_K_M or another common kind"
             ) from None
         return np.require(values, np.float32, ["C", "W"]).reshape(info.shape)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's bytes, as they are in the file; read-only."""
+        info = self.tensors[name]
+        return np.frombuffer(self._data, dtype=np.uint8, count=info.nbytes, offset=info.offset)
 
     def _read_header(self) -> None:
         magic = self._data[:4]

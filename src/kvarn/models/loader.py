@@ -3,57 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
 from kvarn.errors import CapacityError, ModelError
 from kvarn.models import decoder_llama
 from kvarn.models.config import eos_tokens, read_config
+from kvarn.models.gguf_blocks import Int4Blocks
+from kvarn.models.linear import LinearReader
+from kvarn.models.precision import Precision, PrecisionChoice, choose_precision, compute_dtype, weight_bytes
 from kvarn.models.sources import ModelFiles, Progress
 from kvarn.models.spec import Decoder, ModelSpec
 from kvarn.models.weights import Weights
 
-DType = Literal["float32", "bfloat16", "auto"]
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MEMORY_MARGIN: Final = 1.1
 """Memory that loading takes, in multiples of the weights: one layer is held twice while it is laid out."""
 
 
 def load_decoder(
-    files: ModelFiles, *, dtype: DType = "auto", device: str = "cpu", progress: Progress | None = None
+    files: ModelFiles, *, precision: PrecisionChoice = "auto", device: str = "cpu", progress: Progress | None = None
 ) -> Decoder:
-    """Load the model in `dtype` onto `device` ("cpu", "cuda", "cuda:1").
+    """Load the model in `precision` (see `choose_precision`) onto `device` ("cpu", "cuda", "cuda:1").
 
-    "auto" is bfloat16 where the processor multiplies it natively, float32 elsewhere. Raises ModelError for files that
-    are missing, corrupt or of an architecture that cannot run, CapacityError when memory is too small.
+    Raises ModelError for files that are missing, corrupt or of an architecture that cannot run (in this precision),
+    CapacityError when memory is too small.
     """
     if progress:
         progress("loading the weights", 0.0)
     target = usable_device(device)
     config = read_config(files.folder)
-    torch_dtype = _dtype(dtype, target)
     weights = Weights(files.folder)
-    _check_memory(weights, torch_dtype, target)
-    decoder = _fused(files, config, torch_dtype, weights, target)
+    blocks = Int4Blocks(files.folder)
+    chosen = choose_precision(precision, target, has_int4_blocks=len(blocks) > 0)
+    _check_memory(weights, chosen, target)
+    decoder = _fused(files, config, chosen, LinearReader(weights, blocks, chosen, target))
     if decoder is None:
         from kvarn.models.decoder_transformers import TransformersDecoder
 
-        decoder = TransformersDecoder.load(files, config, torch_dtype, target)
+        if chosen in ("int8", "int4"):
+            raise ModelError(
+                f"{files.name} is a {(config.get('architectures') or ['model'])[0]}; {chosen} is for the Llama family: "
+                "choose --precision bfloat16 or float32"
+            )
+        decoder = TransformersDecoder.load(files, config, compute_dtype(chosen), target)
     if progress:
         progress("loading the weights", 1.0)
     return decoder
 
 
-def _fused(
-    files: ModelFiles, config: dict[str, Any], dtype: torch.dtype, weights: Weights, device: torch.device
-) -> Decoder | None:
+def _fused(files: ModelFiles, config: dict[str, Any], precision: Precision, reader: LinearReader) -> Decoder | None:
     """The fused decoder, or None when it does not compute this model."""
     try:
         if not decoder_llama.supports(config):
             return None
-        spec = _llama_spec(files, config, dtype)
-        return decoder_llama.LlamaDecoder(spec, config, weights, device) if spec.head_dim % 8 == 0 else None
+        spec = _llama_spec(files, config, precision)
+        return decoder_llama.LlamaDecoder(spec, config, reader) if spec.head_dim % 8 == 0 else None
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(
             f"{files.folder / 'config.json'} lacks or garbles a value ({type(error).__name__}: {error}); "
@@ -61,7 +66,7 @@ def _fused(
         ) from error
 
 
-def _llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> ModelSpec:
+def _llama_spec(files: ModelFiles, config: dict[str, Any], precision: Precision) -> ModelSpec:
     heads = int(config["num_attention_heads"])
     return ModelSpec(
         name=files.name,
@@ -74,17 +79,9 @@ def _llama_spec(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -
         vocab_size=int(config["vocab_size"]),
         max_context=int(config["max_position_embeddings"]),
         eos_tokens=eos_tokens(files.folder, config),
-        dtype=dtype,
+        dtype=compute_dtype(precision),
+        precision=precision,
     )
-
-
-def _dtype(name: DType, device: torch.device) -> torch.dtype:
-    if name in _DTYPES:
-        return _DTYPES[name]
-    if name != "auto":
-        raise ModelError(f"dtype is {name!r}; expected float32, bfloat16 or auto")
-    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
 
 
 def usable_device(name: str) -> torch.device:
@@ -98,13 +95,13 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _check_memory(weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-    needed = int(weights.num_elements * dtype.itemsize * _MEMORY_MARGIN)
+def _check_memory(weights: Weights, precision: Precision, device: torch.device) -> None:
+    needed = int(weights.num_elements * weight_bytes(precision) * _MEMORY_MARGIN)
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the model needs {needed >> 20} MiB of memory on {device}, {free >> 20} MiB are free; "
-            "free some, use --dtype bfloat16, or choose a smaller model"
+            "free some, use a smaller --precision, or choose a smaller model"
         )
 
 

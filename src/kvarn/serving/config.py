@@ -8,7 +8,7 @@ import msgspec
 
 from kvarn.errors import KvarnError
 
-DType = Literal["auto", "float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal["fcfs"]
 
 
@@ -16,7 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of one engine. Zero means "choose for me" where it is not a meaningful value."""
 
     model: str = "smollm2"
-    dtype: DType = "auto"
+    precision: PrecisionChoice = "auto"
+    """Of the weights; see `kvarn.models.precision`."""
     device: str = "cpu"
     policy: PolicyName = "fcfs"
     max_context: int = 0
@@ -39,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""
-        for field, choices in (("dtype", get_args(DType)), ("policy", get_args(PolicyName))):
+        for field, choices in (("precision", get_args(PrecisionChoice)), ("policy", get_args(PolicyName))):
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
         for field, low, high in (

@@ -207,14 +207,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _ready(engine: Engine, dtype: str, device: str, seconds: float) -> Ready:
+def _ready(engine: Engine, precision: str, device: str, seconds: float) -> Ready:
     return Ready(
         max_context=engine.max_context,
         vocab_size=engine.vocab_size,
         num_blocks=engine.cache.pool.num_blocks,
         block_size=engine.cache.block_size,
         device=device,
-        dtype=dtype,
+        precision=precision,
         load_seconds=seconds,
     )
 
@@ -250,9 +250,7 @@ def main() -> int:
         context.destroy(linger=1000)
         return 2
     engine = loaded.engine
-    outbox.send(
-        _ready(engine, str(loaded.spec.dtype).removeprefix("torch."), config.device, time.monotonic() - started)
-    )
+    outbox.send(_ready(engine, loaded.spec.precision, config.device, time.monotonic() - started))
     gc.collect()
     gc.freeze()
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "linear_int.h"
 #include "rowwise.h"
 #include "sampling.h"
 
@@ -32,7 +33,11 @@ void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
 }
 void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(silu_mul_rows, args, begin, end); }
 void linear(const LinearArgs& args, int64_t panel, int64_t row_begin, int64_t row_end) {
-  linear_panel(args, panel, row_begin, row_end);
+  switch (args.format) {
+    case WeightFormat::bfloat16: return linear_panel(args, panel, row_begin, row_end);
+    case WeightFormat::int8: return int_panel<8>(args, panel, row_begin, row_end);
+    case WeightFormat::int4: return int_panel<4>(args, panel, row_begin, row_end);
+  }
 }
 void sample(const SampleArgs& args, int64_t begin, int64_t end, double* scratch) {
   KVARN_BY_DTYPE(sample_tokens, args, begin, end, scratch);
@@ -45,7 +50,7 @@ void token_logprobs(const LogprobArgs& args, int64_t begin, int64_t end, double*
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
     KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
-    rms_norm, rope_and_cache, silu_mul, linear, sample, token_logprobs,
+    rms_norm, rope_and_cache, silu_mul, linear, quantize_rows, sample, token_logprobs,
 };
 
 }  // namespace kvarn

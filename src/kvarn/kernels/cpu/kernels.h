@@ -79,14 +79,35 @@ struct SiluArgs {
 };
 
 constexpr int64_t kLinearPanel = 32;  // outputs whose weights lie together
+constexpr int64_t kLinearGroup = 32;  // inputs that share a scale when quantised
+
+constexpr int64_t kInt8GroupBytes = kLinearPanel * kLinearGroup;  // of a panel, for one group of inputs
+constexpr int64_t kInt8ScaleBytes = kLinearPanel * sizeof(float);
+constexpr int64_t kInt4GroupBytes = kLinearPanel * (kLinearGroup / 2 + 2 * sizeof(uint16_t));
+
+enum class WeightFormat : int64_t { bfloat16 = 16, int8 = 8, int4 = 4 };
 
 struct LinearArgs {
-  const void* x;  // [M, K]
+  WeightFormat format;
+  const void* x;  // [M, K] bfloat16, of a bfloat16 product
   int64_t x_row_stride;
-  const void* packed;  // [ceil(N / 32)][ceil(K / 2)][32][2]
-  const void* bias;    // [N] or null
-  void* out;           // [M, N] contiguous
+  const int8_t* codes;  // [M, groups, 32]: the quantised x of the others, and
+  const float* scales;  // [M, groups]
+  const float* sums;    // [M, groups]: scale times the sum of the codes
+  int64_t groups;       // ceil(K / 32)
+  const void* packed;   // linear.h and linear_int.h say how
+  int64_t panel_bytes;
+  const void* bias;  // [N] bfloat16 or null
+  void* out;         // [M, N] contiguous, float32 or bfloat16
   int64_t in_features, out_features;
+  bool float_out;
+};
+
+struct QuantizeArgs {
+  const void* x;  // [M, K] bfloat16
+  int64_t x_row_stride, in_features, groups;
+  int8_t* codes;
+  float *scales, *sums;
 };
 
 constexpr int64_t kSampleChunk = 64;  // tokens whose largest logit is noted, to pass over them together
@@ -121,6 +142,7 @@ struct Kernels {
   void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluArgs&, int64_t begin, int64_t end);
   void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
+  void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);
   void (*sample)(const SampleArgs&, int64_t begin, int64_t end, double* scratch);
   void (*token_logprobs)(const LogprobArgs&, int64_t begin, int64_t end, double* scratch);
 };
@@ -129,6 +151,7 @@ extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_vnni;
 extern const Kernels kernels_avx512_bf16;
 #endif
 

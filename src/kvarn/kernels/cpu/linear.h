@@ -6,13 +6,11 @@
 // of the panel that comes next.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "linear_store.h"
 
 namespace kvarn {
 namespace {
 
-constexpr int kPanelVectors = kLinearPanel / kLanes;
 #if defined(__AVX512F__)
 constexpr int kLinearRows = 12;  // 12 rows x 2 vectors of sums in 32 registers
 #elif defined(__AVX2__)
@@ -34,8 +32,9 @@ KVARN_INLINE Floats add_pair_product(Floats sum, uint32_t pair, Words weights) {
 
 // Rows x one panel. Asks for memory `ahead`, one line every `ahead_bytes`, `ahead_count` times, while it computes.
 template <int Rows>
-static void linear_tile(const LinearArgs& args, const bfloat16* x, const uint32_t* panel, const bfloat16* bias,
-                        bfloat16* out, int64_t columns, const char* ahead, int64_t ahead_bytes, int64_t ahead_count) {
+static void linear_tile(const LinearArgs& args, int64_t row, const uint32_t* panel, int64_t column, const char* ahead,
+                        int64_t ahead_bytes, int64_t ahead_count) {
+  const bfloat16* x = static_cast<const bfloat16*>(args.x) + row * args.x_row_stride;
   Floats sums[Rows][kPanelVectors] = {};
   const int64_t pairs = args.in_features / 2;
   auto step = [&](int64_t k, auto pair_at) __attribute__((always_inline)) {
@@ -55,15 +54,7 @@ static void linear_tile(const LinearArgs& args, const bfloat16* x, const uint32_
   }
   if (args.in_features % 2) step(pairs, [](const bfloat16* at) { return (uint32_t)at->bits; });
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t from = v * kLanes, count = columns - from;
-      if (count <= 0) break;
-      if (bias) sums[r][v] += load(bias + from, count);
-      store(out + r * args.out_features + from, sums[r][v], count);
-    }
-  }
+  for (int r = 0; r < Rows; ++r) store_outputs(args, sums[r], row + r, column);
 }
 
 using LinearTile = decltype(&linear_tile<1>);
@@ -87,11 +78,9 @@ static void linear_panel(const LinearArgs& args, int64_t panel, int64_t row_begi
   for (int64_t t = 0; t < tiles; ++t) {
     // Tiles of equal height, not high ones and a low rest, which would wait for memory.
     const int64_t begin = row_begin + count * t / tiles, rows = row_begin + count * (t + 1) / tiles - begin;
-    linear_tile_of(rows, std::make_index_sequence<kLinearRows>())(
-        args, static_cast<const bfloat16*>(args.x) + begin * args.x_row_stride, weights,
-        args.bias ? static_cast<const bfloat16*>(args.bias) + column : nullptr,
-        static_cast<bfloat16*>(args.out) + begin * args.out_features + column, args.out_features - column,
-        ahead + words * 4 * t / tiles, ahead_bytes, ahead_count);
+    linear_tile_of(rows, std::make_index_sequence<kLinearRows>())(args, begin, weights, column,
+                                                                  ahead + words * 4 * t / tiles, ahead_bytes,
+                                                                  ahead_count);
   }
 }
 

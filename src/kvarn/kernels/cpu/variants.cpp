@@ -4,7 +4,7 @@
 namespace kvarn {
 namespace {
 
-constexpr int kVariants = 4;
+constexpr int kVariants = 5;
 
 // Fills in the tables this processor can run, best first; returns how many.
 int runnable(const Kernels* (&tables)[kVariants]) {
@@ -13,7 +13,9 @@ int runnable(const Kernels* (&tables)[kVariants]) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &kernels_avx512_bf16;
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) tables[count++] = &kernels_avx512_bf16;
+  if (vnni) tables[count++] = &kernels_avx512_vnni;
   if (avx512) tables[count++] = &kernels_avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[count++] = &kernels_avx2;
 #endif

@@ -52,7 +52,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     num_blocks: int
     block_size: int
     device: str
-    dtype: str
+    precision: str
     load_seconds: float
 
 
