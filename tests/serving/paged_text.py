@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-from kvarn.serving.batch import Batch, SampledToken
+from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.cache import KVCache
@@ -42,6 +42,7 @@ class PagedTextExecutor:
         self.computed_tokens = 0
         self.fail_next = False
         self.forward_seconds = 0.0
+        self.next_token = next_token
 
     @property
     def num_blocks(self) -> int:
@@ -53,7 +54,7 @@ class PagedTextExecutor:
     def remove(self, request: Request) -> None:
         self.alive.remove(request.id)
 
-    def execute(self, batch: Batch) -> list[SampledToken]:
+    def execute(self, batch: Batch) -> list[list[SampledToken]]:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("boom")
@@ -62,11 +63,19 @@ class PagedTextExecutor:
                 block = row.request.block_table[position // self.block_size]
                 self.memory[block, position % self.block_size] = row.request.tokens[position]
             self.computed_tokens += row.count
-        return [SampledToken(next_token(self._read(row.request))) for row in batch.rows if row.samples]
+        return [self._sample(row) for row in batch.rows if row.samples]
 
-    def _read(self, request: Request) -> list[int]:
-        text: list[int] = self.memory[request.blocks].reshape(-1)[: request.num_tokens].tolist()
-        return text
+    def _sample(self, row: ScheduledRequest) -> list[SampledToken]:
+        """The token after each draft that came true, each from the context that the blocks hold."""
+        text: list[int] = self.memory[row.request.blocks].reshape(-1)[: row.request.num_tokens + row.drafts].tolist()
+        known = row.request.num_tokens
+        tokens = [self.next_token(text[:known])]
+        for drafted in text[known:]:
+            if drafted != tokens[-1]:
+                break
+            known += 1
+            tokens.append(self.next_token(text[:known]))
+        return [SampledToken(token) for token in tokens]
 
 
 def make_engine(

@@ -166,8 +166,8 @@ def test_a_grammar_complete_with_the_last_token_is_a_stop_and_no_cut(monkeypatch
     engine = make_engine()
     sample = engine.executor.execute
 
-    def complete(batch: Batch) -> list[SampledToken]:
-        return [SampledToken(sampled.token, grammar_done=True) for sampled in sample(batch)]
+    def complete(batch: Batch) -> list[list[SampledToken]]:
+        return [[SampledToken(sampled.token, grammar_done=True)] for (sampled,) in sample(batch)]
 
     monkeypatch.setattr(engine.executor, "execute", complete)
     request = make_request("json", [1], 1)

@@ -14,7 +14,7 @@ from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import EngineConfig, PolicyName, PrecisionChoice
+from kvarn.serving.config import EngineConfig, PolicyName, PrecisionChoice, Speculation
 
 _ENGINE, _LIMITS, _SERVER = "Engine", "Limits", "Server"
 
@@ -69,6 +69,11 @@ def serve(
     prefill_budget: Annotated[
         int, typer.Option(help="Prompt tokens in a step that others' readers wait for.", rich_help_panel=_ENGINE)
     ] = EngineConfig.__struct_defaults__[EngineConfig.__struct_fields__.index("prefill_budget")],
+    speculation: Annotated[
+        Speculation,
+        typer.Option(help="Draft where text repeats: off, ngram, auto (where it pays).", rich_help_panel=_ENGINE),
+    ] = "auto",
+    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted at a time at most.", rich_help_panel=_ENGINE)] = 8,
     prefix_cache: Annotated[
         bool, typer.Option(help="Reuse the KV cache of equal prefixes.", rich_help_panel=_ENGINE)
     ] = True,
@@ -100,6 +105,7 @@ def serve(
             max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
+            speculation=speculation, draft_tokens=draft_tokens,
         ),
         host=host, port=port, served_name=served_name, api_keys=_api_keys(api_key or [], api_key_file),
         max_body_bytes=parse_bytes(max_body, "--max-body"), max_queued=max_queued, max_concurrent=max_concurrent,

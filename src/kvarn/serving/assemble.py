@@ -23,6 +23,7 @@ from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.processors import usable_processors
 from kvarn.serving.sampling.grammar import GrammarFactory
 from kvarn.serving.sampling.sampler import Sampler
+from kvarn.serving.speculation import Speculator
 
 _POLICIES: dict[str, Callable[[EngineConfig], Policy]] = {
     "fcfs": lambda config: FirstComeFirstServed(prefill_budget=config.prefill_budget)
@@ -76,9 +77,16 @@ def load_engine(
         max_running=config.max_running,
         max_context=max_context,
         vocab_size=spec.vocab_size,
+        speculator=_speculator(config),
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder)
+
+
+def _speculator(config: EngineConfig) -> Speculator | None:
+    if config.speculation == "off":
+        return None
+    return Speculator(config.draft_tokens, only_where_it_pays=config.speculation == "auto")
 
 
 def _grammars(folder: Path, spec: ModelSpec) -> GrammarFactory | None:

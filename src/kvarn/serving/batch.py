@@ -29,6 +29,8 @@ class Batch:
     """What an executor computes in one forward pass. Every row's KV blocks are already in its request's block table."""
 
     rows: list[ScheduledRequest] = field(default_factory=list)
+    decodes: bool = False
+    """True when no row has prompt tokens left: the cost of such steps depends on their number of rows alone."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +45,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 
 
 class SampledToken(msgspec.Struct, array_like=True):
-    """What an executor returns for each row that samples, in batch order."""
+    """One token that an executor sampled."""
 
     token: int
     logprobs: TokenLogprobs | None = None

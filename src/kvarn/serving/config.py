@@ -10,6 +10,7 @@ from kvarn.errors import KvarnError
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal["fcfs"]
+Speculation = Literal["off", "ngram", "auto"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,18 +36,25 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share_prefixes: bool = True
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
+    speculation: Speculation = "auto"
+    """Draft tokens where a text repeats itself: "off", "ngram" (always) or "auto" (where measured to pay)."""
+    draft_tokens: int = 8
+    """Tokens drafted for a request in one step at most."""
     threads: int = 0
     """Compute threads; 0: one for each processor this process may use."""
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""
-        for field, choices in (("precision", get_args(PrecisionChoice)), ("policy", get_args(PolicyName))):
+        for field, choices in (
+            ("precision", get_args(PrecisionChoice)), ("policy", get_args(PolicyName)),
+            ("speculation", get_args(Speculation)),
+        ):  # fmt: skip
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
         for field, low, high in (
             ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20),
             ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
-            ("kv_memory_bytes", 0, 2**63 - 1), ("threads", 0, 2**10),
+            ("kv_memory_bytes", 0, 2**63 - 1), ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")

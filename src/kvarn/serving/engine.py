@@ -21,13 +21,14 @@ from kvarn.serving.executors.protocol import Executor
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.policies.protocol import Policy, Snapshot
 from kvarn.serving.request import FinishReason, Request, RequestState
+from kvarn.serving.speculation import Speculator
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Emission:
-    """News of one request after one step: at most one token, and why it ended if it did."""
+    """News of one request: at most one token, and why it ended if it did. A step may have several of a request."""
 
     request: Request
     token: int | None = None
@@ -43,6 +44,10 @@ class Counters:
     preemptions: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    drafted_tokens: int = 0
+    """Guesses at tokens to come that were computed."""
+    accepted_tokens: int = 0
+    """Those that came true."""
     steps: int = 0
     step_seconds: float = 0.0
 
@@ -61,6 +66,7 @@ class Engine:
         max_running: int,
         max_context: int,
         vocab_size: int,
+        speculator: Speculator | None = None,
     ) -> None:
         self.executor = executor
         self.policy = policy
@@ -71,6 +77,7 @@ class Engine:
         # A request that the pool could never hold would wait for ever.
         self.max_context = min(max_context, cache.pool.num_blocks * cache.block_size)
         self.vocab_size = vocab_size
+        self.speculator = speculator
         self.counters = Counters()
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -102,11 +109,12 @@ class Engine:
             self._finish(request, FinishReason.CANCELLED)
 
     def step(self) -> list[Emission]:
-        """One step: at most one token for each running request."""
+        """One step: a token for each running request that has its prompt computed, and more where drafts came true."""
         started = perf_counter()
         now = self.clock.now()
         self._expire(now)
         batch = self._schedule(now)
+        self._draft(batch)
         sampled = self._compute(batch)
         self._advance(batch, sampled)
         emissions, self._ended = self._ended, []
@@ -150,33 +158,62 @@ class Engine:
                 self._preempt(request)  # admitted on a promise that did not hold
         return batch
 
-    def _compute(self, batch: Batch) -> list[SampledToken]:
+    def _draft(self, batch: Batch) -> None:
+        """Let rows that decode carry guesses at what comes next, where budget and blocks are left."""
+        batch.decodes = all(row.count == 1 and row.samples for row in batch.rows)
+        if self.speculator is None or not batch.decodes:
+            return  # beside prompts a row is not nearly free
+        budget = self.token_budget - len(batch.rows)
+        drafts = self.speculator.drafts([row.request for row in batch.rows], budget)
+        for row, draft in zip(batch.rows, drafts, strict=True):
+            request = row.request
+            if draft and self.cache.pool.num_available <= len(batch.rows):
+                del draft[request.num_blocks * self.cache.block_size - request.num_tokens :]  # takes no scarce block
+            if draft and self.cache.grow(request, request.num_tokens + len(draft)):
+                request.write_drafts(draft)
+                row.count, row.drafts = row.count + len(draft), len(draft)
+                self.counters.drafted_tokens += len(draft)
+
+    def _compute(self, batch: Batch) -> list[list[SampledToken]]:
         """Run the batch. A forward pass that raises fails the requests in it, not the engine."""
         if not batch.rows:
             return []
         try:
-            return self.executor.execute(batch)
+            started = self.clock.now()
+            sampled = self.executor.execute(batch)
         except Exception as error:
             _log.exception("the forward pass failed; its %d requests are ended", len(batch.rows))
             for row in batch.rows:
                 self._finish(row.request, FinishReason.ERROR, error=f"the forward pass failed: {error}")
             batch.rows.clear()
             return []
+        if self.speculator is not None and batch.decodes:
+            self.speculator.cost.note(batch.num_tokens, sum(map(len, sampled)), self.clock.now() - started)
+        return sampled
 
-    def _advance(self, batch: Batch, sampled: list[SampledToken]) -> None:
+    def _advance(self, batch: Batch, sampled: list[list[SampledToken]]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
         results = iter(sampled)
-        block_size = self.cache.block_size
         for row in batch.rows:
             request, samples = row.request, row.samples
             prompt_left = request.prompt_length - request.num_computed
             if prompt_left > 0:
                 self.counters.prompt_tokens += min(row.count, prompt_left)
-            request.num_computed += row.count
-            if request.num_computed // block_size > request.indexed_blocks:
-                self.cache.commit(request)
-            if samples:
-                self._emit(request, next(results))
+            self._note_computed(request, row.count - row.drafts)
+            if not samples:
+                continue
+            for i, token in enumerate(next(results)):
+                if i:  # the draft before it was right, so its KV is
+                    self.counters.accepted_tokens += 1
+                    self._note_computed(request, 1)
+                self._emit(request, token)
+                if request.state is RequestState.FINISHED:
+                    break
+
+    def _note_computed(self, request: Request, tokens: int) -> None:
+        request.num_computed += tokens
+        if request.num_computed // self.cache.block_size > request.indexed_blocks:
+            self.cache.commit(request)
 
     def _emit(self, request: Request, sampled: SampledToken) -> None:
         if sampled.error is not None:
@@ -222,6 +259,8 @@ class Engine:
         request.finish_reason = reason
         del self._requests[request.id]
         self.executor.remove(request)
+        if self.speculator is not None:
+            self.speculator.forget(request)
         emission = emission or Emission(request)
         emission.finish_reason, emission.error = reason, error
         self._ended.append(emission)

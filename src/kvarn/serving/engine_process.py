@@ -67,8 +67,7 @@ class EngineProcess:
             self._receive(wait=not self.engine.has_work)
             if not self._running:
                 break
-            outputs = [_to_output(emission) for emission in self.engine.step()]
-            self._send(outputs)
+            self._send(_to_outputs(self.engine.step()))
 
     def stop(self) -> None:
         self._running = False
@@ -149,6 +148,8 @@ class EngineProcess:
             steps=totals.steps,
             step_seconds=totals.step_seconds,
             forward_seconds=engine.executor.forward_seconds,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
         )
 
 
@@ -181,6 +182,21 @@ class Outbox:
         encoder = msgspec.msgpack.Encoder()
         while (message := self._messages.get()) is not None:
             self._socket.send(encoder.encode(message))
+
+
+def _to_outputs(emissions: list[Emission]) -> list[TokenOutput]:
+    """One output for each request: tokens that a request got in one step stand side by side."""
+    outputs: list[TokenOutput] = []
+    for emission in emissions:
+        output = _to_output(emission)
+        if outputs and outputs[-1].id == output.id:
+            outputs[-1].tokens += output.tokens
+            outputs[-1].finish_reason, outputs[-1].error = output.finish_reason, output.error
+            if outputs[-1].logprobs is not None and output.logprobs is not None:
+                outputs[-1].logprobs += output.logprobs
+        else:
+            outputs.append(output)
+    return outputs
 
 
 def _to_output(emission: Emission) -> TokenOutput:

@@ -138,10 +138,18 @@ class Request:
         """Tokens whose KV is missing: 1 in decode, more in prefill."""
         return self.num_tokens - self.num_computed
 
+    def write_drafts(self, drafts: list[int]) -> None:
+        """Put guesses at the next tokens behind the valid ones, to be computed; they do not count as tokens."""
+        self._make_room(len(drafts))
+        self.tokens[self.num_tokens : self.num_tokens + len(drafts)] = drafts
+
+    def _make_room(self, count: int) -> None:
+        if self.num_tokens + count > len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty(len(self.tokens) + count, dtype=np.int32)])
+
     def append(self, token: int) -> FinishReason | None:
         """Add one output token; the reason when it is the last."""
-        if self.num_tokens == len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        self._make_room(1)
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
         if token in self.stop_tokens and self.num_outputs > self.params.min_tokens:

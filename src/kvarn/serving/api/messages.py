@@ -91,6 +91,10 @@ class EngineStats(msgspec.Struct, array_like=True):
     steps: int = 0
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
+    drafted_tokens: int = 0
+    """Guesses at tokens to come that were computed (kvarn.serving.speculation)."""
+    accepted_tokens: int = 0
+    """Those that came true."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

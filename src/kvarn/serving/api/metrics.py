@@ -21,6 +21,8 @@ _ENGINE_TOTALS: Final = (
     ("prefix_hits", "kvarn_prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
     ("prompt_tokens", "kvarn_engine_prompt_tokens", "Prompt tokens computed by the engine."),
     ("output_tokens", "kvarn_engine_output_tokens", "Tokens sampled by the engine."),
+    ("drafted_tokens", "kvarn_drafted_tokens", "Guesses at tokens to come that were computed."),
+    ("accepted_tokens", "kvarn_accepted_tokens", "Guesses that came true."),
     ("steps", "kvarn_engine_steps", "Engine steps."),
     ("step_seconds", "kvarn_engine_step_seconds", "Seconds spent in engine steps."),
     ("forward_seconds", "kvarn_engine_forward_seconds", "Seconds of those spent in the model's forward pass."),

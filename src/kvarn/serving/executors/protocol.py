@@ -25,8 +25,11 @@ class Executor(Protocol):
         """Prepare per-request state (seed, penalties, grammar). Raises RequestError when it cannot be served."""
         ...
 
-    def execute(self, batch: Batch) -> list[SampledToken]:
-        """One forward pass; one SampledToken for each row with `samples`, in batch order."""
+    def execute(self, batch: Batch) -> list[list[SampledToken]]:
+        """One forward pass; the tokens of each row with `samples`, in batch order.
+
+        A row gets one token, and one more for each of its leading drafts that is the token sampled before it.
+        """
         ...
 
     def remove(self, request: Request) -> None:

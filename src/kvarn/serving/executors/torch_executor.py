@@ -16,6 +16,7 @@ from kvarn.serving.executors.cuda_graphs import CudaGraphs, DeviceForward, spare
 from kvarn.serving.executors.packing import Packer
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.sampler import Sampler
+from kvarn.serving.sampling.verify import sample_rows
 
 
 def allocate_kv(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device) -> KVMemory:
@@ -76,13 +77,13 @@ class TorchExecutor:
         self.sampler.remove(request)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[SampledToken]:
+    def execute(self, batch: Batch) -> list[list[SampledToken]]:
         forward = self._packer.pack(batch)
         started = perf_counter()
         logits = self._forward(forward)
         self.forward_seconds += perf_counter() - started
-        sampling = [row.request for row in batch.rows if row.samples]
-        return self.sampler.sample(logits, sampling) if sampling else []
+        sampling = [row for row in batch.rows if row.samples]
+        return sample_rows(self.sampler, logits, sampling) if sampling else []
 
     def _forward_at_once(self, batch: ForwardBatch) -> torch.Tensor:
         self._flat_positions[batch.slots] = batch.positions
