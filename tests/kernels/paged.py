@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvarn.kernels import reference
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -53,6 +55,7 @@ def make_case(
     fused: bool,
     seed: int,
     options: dict[str, Any],
+    int8: bool = False,
 ) -> PagedCase:
     g = torch.Generator().manual_seed(seed)
     widest = max((s.slots + block_size - 1) // block_size for s in sequences) + 1
@@ -95,7 +98,7 @@ def make_case(
     return PagedCase(
         {
             "query": query,
-            "kv": pages[:, layer],
+            "kv": int8_pages(pages, slot_positions)[:, layer] if int8 else pages[:, layer],
             "slot_positions": slot_positions,
             "block_tables": block_tables,
             "kv_slots": torch.tensor([s.slots for s in sequences], dtype=torch.int32),
@@ -107,9 +110,26 @@ def make_case(
     )
 
 
+def int8_pages(pages: Tensor, slot_positions: Tensor) -> Tensor:
+    """An int8 pool of the same keys and values, whose empty slots have NaN for scales."""
+    num_blocks, layers, _, kv_heads, block_size, head_dim = pages.shape
+    quantised = torch.zeros(num_blocks, layers, 2, kv_heads, block_size * (head_dim + 4), dtype=torch.uint8)
+    slots = torch.arange(num_blocks * block_size, dtype=torch.int32)
+    for layer in range(layers):
+        key, value = pages[:, layer].permute(1, 0, 3, 2, 4).flatten(1, 2)
+        reference.write_cache(key, value, quantised[:, layer], slots)
+        _, scales = reference.quantised_kv(quantised[:, layer], head_dim)
+        scales[(slot_positions < 0)[:, None, None, :].expand(scales.shape)] = float("nan")
+    return quantised
+
+
 @st.composite
 def paged_cases(
-    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, most_sequences: int = 5, most_rows: int = 70
+    draw: st.DrawFn,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    most_sequences: int = 5,
+    most_rows: int = 70,
+    int8: bool = False,
 ) -> PagedCase:
     sequence = st.builds(Sequence, slots=st.integers(0, 150), rows=st.one_of(st.just(1), st.integers(0, most_rows)))
     options: dict[str, Any] = {}
@@ -131,4 +151,5 @@ def paged_cases(
         fused=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
         options=options,
+        int8=int8 and draw(st.booleans()),
     )

@@ -114,6 +114,30 @@ def test_write_cache_stores_rows_as_they_are(
     assert pages[:, 0].eq(0).all()
 
 
+@given(
+    rows=st.integers(0, 20), eighths=st.integers(1, 32), block_size=st.integers(1, 20), dtype=dtypes, seed=seeds,
+)  # fmt: skip
+@per_variant
+def test_an_int8_cache_holds_rows_to_half_a_127th_of_their_largest_magnitude(
+    variant: str, rows: int, eighths: int, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    dim, num_blocks = 8 * eighths, rows // block_size + 2
+    key, value = (random(3, rows, dim, dtype=dtype, seed=seed + i).transpose(0, 1) for i in range(2))
+    if rows:
+        key[0, 0] = 0.0
+    slots = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(seed))[:rows].int()
+    for kernels in (ops, reference):
+        pages = torch.zeros(num_blocks, 2, 2, 3, block_size * (dim + 4), dtype=torch.uint8)
+        kernels.write_cache(key, value, pages[:, 1], slots)  # type: ignore[attr-defined]
+        codes, scales = reference.quantised_kv(pages[:, 1], dim)
+        flat = (codes * scales[..., None]).permute(1, 0, 3, 2, 4).flatten(1, 2)  # [2, slots, heads, dim]
+        for got, rows_in in zip(flat, (key.float(), value.float()), strict=True):
+            most = rows_in.abs().amax(-1, keepdim=True) / 254
+            assert ((got[slots.long()] - rows_in).abs() <= most * 1.001).all()
+        assert pages[:, 0].eq(0).all()
+        assert int(codes.ne(0).any(-1).sum()) <= 2 * 3 * rows
+
+
 def test_slots_and_positions_out_of_range_are_refused() -> None:
     key = torch.zeros(1, 2, 8)
     kv, cos_sin = torch.zeros(4, 2, 2, 16, 8), torch.zeros(10, 8)

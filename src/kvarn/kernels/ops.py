@@ -152,7 +152,9 @@ def paged_attention(
     """Attention of mixed prefill and decode rows over paged keys and values, masked by position.
 
     query           [T, Hq, D] float32 or bfloat16; rows and heads may be strided, as in a slice of a fused projection
-    kv              [N, 2, Hkv, B, D] of the query's dtype: one layer of the pool; dim 0 may be strided
+    kv              [N, 2, Hkv, B, D] of the query's dtype: one layer of the pool; dim 0 may be strided. Or an int8
+                    cache, [N, 2, Hkv, B * (D + 4)] uint8: the B rows of a block and head as int8, then their B scales
+                    (float32): `write_cache` makes each row's largest magnitude 127 scales
     slot_positions  [N, B] int32: position of the token held by each slot, -1 when empty
     block_tables    [S, M] int32: block ids of each sequence in slot order (entries past its slots: any value)
     kv_slots        [S] int32: how many leading slots of its block table each sequence may look at
@@ -166,7 +168,8 @@ def paged_attention(
     A row at position p attends to every slot among its sequence's first kv_slots whose position q has 0 <= q <= p and,
     with a window, p - q < window; slots may be in any order and have holes. Rows that may look at nothing give zeros.
     Returns [T, Hq, D], contiguous. Weights of bfloat16 inputs are rounded to bfloat16 on processors with AVX512_BF16;
-    all sums are float32.
+    all sums are float32. With an int8 cache and AVX512_VNNI, a few rows of a sequence (decode) are computed in int8:
+    query rows are rounded to 127ths of their largest magnitude, weights to 255ths of the largest of 16 slots.
     """
     return _paged_attention(  # type: ignore[no-any-return]
         query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, scale, window, softcap, sinks
@@ -199,7 +202,7 @@ def rope_and_cache(
     key, value [T, Hkv, D]; the key itself is left as it is
     cos_sin    [P, R] float32, R <= D even: cosines of position p in its first half, sines in its second
     positions  [T] int32 in [0, P)
-    kv         [N, 2, Hkv, B, D], changed in place: one layer of the pool; dim 0 may be strided
+    kv         changed in place: one layer of the pool as for `paged_attention`, of key's dtype or int8
     slots      [T] int32: block * B + offset where each row's key and value go, all different
 
     Element i of the first R / 2 turns with element i + R / 2 ("neox" layout); elements from R on are not rotated.
@@ -208,7 +211,7 @@ def rope_and_cache(
 
 
 def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
-    """Writes key and value [T, Hkv, D] as they are into slots [T] of `kv`; arguments as for `rope_and_cache`."""
+    """Writes key and value [T, Hkv, D] without rotation into slots [T] of `kv`; arguments as for `rope_and_cache`."""
     _write_cache(key, value, kv, slots)
 
 

@@ -33,8 +33,8 @@ def paged_attention(
             continue
         slots = torch.arange(num_slots, device=kv.device)
         blocks, offsets = block_tables[sequence].long()[slots // block_size], slots % block_size
-        key = kv[blocks, 0, :, offsets].float()  # [slots, Hkv, D]
-        value = kv[blocks, 1, :, offsets].float()
+        key = _rows(kv, 0, blocks, offsets, query.shape[2])  # [slots, Hkv, D]
+        value = _rows(kv, 1, blocks, offsets, query.shape[2])
         visible = _visible(positions[rows], slot_positions[blocks, offsets], window)  # [rows, slots]
 
         grouped = query[rows].float().reshape(-1, num_kv_heads, num_heads // num_kv_heads, query.shape[2])
@@ -51,6 +51,21 @@ def paged_attention(
         value = value.masked_fill(~visible.any(0)[:, None, None], 0.0)
         out[rows] = torch.einsum("rkgs,skd->rkgd", weights, value).flatten(1, 2).to(out.dtype)
     return out
+
+
+def _rows(kv: Tensor, which: int, blocks: Tensor, offsets: Tensor, head_dim: int) -> Tensor:
+    """Keys (`which` 0) or values (1) of some slots as float32."""
+    if kv.dtype != torch.uint8:
+        return kv[blocks, which, :, offsets].float()
+    codes, scales = quantised_kv(kv, head_dim)
+    return codes[blocks, which, :, offsets].float() * scales[blocks, which, :, offsets, None]
+
+
+def quantised_kv(kv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """What an int8 cache [N, 2, Hkv, B * (D + 4)] holds, as views: int8 [N, 2, Hkv, B, D], float32 [N, 2, Hkv, B]."""
+    block_size = kv.shape[3] // (head_dim + 4)
+    codes = kv[..., : block_size * head_dim].view(torch.int8).view(*kv.shape[:3], block_size, head_dim)
+    return codes, kv[..., block_size * head_dim :].view(torch.float32)
 
 
 def _visible(row_positions: Tensor, slot_positions: Tensor, window: int) -> Tensor:
@@ -87,10 +102,22 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
-    block_size = kv.shape[3]
+    head_dim = key.shape[2]
+    block_size = kv.shape[3] // (head_dim + 4) if kv.dtype == torch.uint8 else kv.shape[3]
     blocks, offsets = slots.long() // block_size, slots.long() % block_size
-    kv[blocks, 0, :, offsets] = key
-    kv[blocks, 1, :, offsets] = value
+    for which, rows in enumerate((key, value)):
+        if kv.dtype == torch.uint8:
+            codes, scales = quantised_kv(kv, head_dim)
+            codes[blocks, which, :, offsets], scales[blocks, which, :, offsets] = _quantised(rows.float())
+        else:
+            kv[blocks, which, :, offsets] = rows
+
+
+def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in 127ths of its largest magnitude, and what a 127th is worth. Rows of (next to) nothing give zeros."""
+    largest = rows.abs().amax(-1)
+    factor = torch.where(largest > 1e-30, 127 / largest, 0.0)
+    return (rows * factor[..., None]).round().to(torch.int8), largest / 127
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 // (flash attention). All heads work on a chunk before the next one is gathered: their keys are neighbours in memory.
 //
 // Slots are picked one by one by position, so empty slots, holes, slots in the future of every row and slots behind
-// the window cost nothing but the look; the same loop serves decode (a tile is one row's group of heads) and prefill.
+// the window cost nothing but the look. Rows of an int8 cache are widened to the query's dtype first. Tasks of few rows
+// take another way, attention_decode.h.
 // Both products, Q K^T and P V, are one small matrix multiply: rows of scalars times columns of vectors. A "scalar"
 // is a float, or a pair of bfloat16 where the processor multiplies those (AVX512_BF16), accumulating in float.
 #pragma once
 
+#include "attention_result.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -103,15 +105,18 @@ KVARN_INLINE Words load_scalars(const T* p, int64_t count) {
 }
 
 // The slots of one chunk. `keys` are addresses of K rows of one kv head; a slot's V row lies `value_offset` further on.
-template <class T>
+template <class K>
 struct Chunk {
-  const T* keys[kChunk];
+  const K* keys[kChunk];
+  const float* scales[kChunk];  // of an int8 cache
   int32_t positions[kChunk];
   int64_t count;
   int32_t lowest, highest;
 
   void move_to_next_head(int64_t padded, int64_t head_stride) {
     for (int64_t i = 0; i < padded; ++i) keys[i] += head_stride;
+    if constexpr (std::is_same_v<K, int8_t>)
+      for (int64_t i = 0; i < padded; ++i) scales[i] += head_stride / 4;
   }
 
   // Fill up to whole vectors with slots that no row may see.
@@ -119,6 +124,7 @@ struct Chunk {
     int64_t padded = round_up(count, kLanes);
     for (int64_t i = count; i < padded; ++i) {
       keys[i] = keys[0];
+      scales[i] = scales[0];
       positions[i] = INT32_MAX;
     }
     return padded;
@@ -126,13 +132,13 @@ struct Chunk {
 };
 
 // Walks the task's slots in table order and hands out those that some row of the tile may see.
-template <class T>
+template <class K>
 class SlotWalk {
  public:
   SlotWalk(const AttentionArgs& args, const AttentionTask& task)
       : args_(args), next_(task.slot_begin), end_(task.slot_end) {
     table_ = args.block_tables + task.sequence * args.block_tables_stride;
-    keys_ = static_cast<const T*>(args.kv) + task.head_begin * args.head_stride;
+    keys_ = static_cast<const K*>(args.kv) + task.head_begin * args.head_stride;
     int32_t low = INT32_MAX;
     highest_ = -1;
     for (int64_t r = 0; r < task.row_count; ++r) {
@@ -143,7 +149,7 @@ class SlotWalk {
     lowest_ = args.window > 0 ? (int32_t)larger(0, low - args.window + 1) : 0;
   }
 
-  bool fill(Chunk<T>& chunk) {
+  bool fill(Chunk<K>& chunk) {
     int64_t count = 0;
     int32_t lowest = INT32_MAX, highest = -1;
     while (next_ < end_ && count < kChunk) {
@@ -151,10 +157,13 @@ class SlotWalk {
       int64_t offset = next_ % args_.block_size;
       int64_t take = smaller(smaller(args_.block_size - offset, end_ - next_), kChunk - count);
       const int32_t* positions = args_.slot_positions + block * args_.slot_positions_stride + offset;
-      const T* key = keys_ + block * args_.block_stride + offset * args_.head_dim;
+      const K* key = keys_ + block * args_.block_stride + offset * args_.head_dim;
+      const auto* scales = reinterpret_cast<const float*>(keys_ + block * args_.block_stride +
+                                                          args_.block_size * args_.head_dim) + offset;
       for (int64_t i = 0; i < take; ++i, key += args_.head_dim) {
         int32_t position = positions[i];
         chunk.keys[count] = key;
+        if constexpr (std::is_same_v<K, int8_t>) chunk.scales[count] = scales + i;
         chunk.positions[count] = position;
         bool seen = (position >= lowest_) & (position <= highest_);
         count += seen;
@@ -172,19 +181,20 @@ class SlotWalk {
  private:
   const AttentionArgs& args_;
   const int32_t* table_;
-  const T* keys_;
+  const K* keys_;
   int64_t next_, end_;
   int32_t lowest_, highest_;
 };
 
 // All buffers of one task, cut out of one piece of memory.
-template <class T>
+template <class T, class K>
 struct Tiles {
   using Tile = typename TileOf<T>::type;
   using Scalar = typename Tile::Scalar;
   int64_t rows, all_rows;  // of one kv head (times group), and of all the task's kv heads one after another
   int64_t depth, width;    // depth: scalars in a Q or K row; width: floats in a padded V or output row
   Scalar *queries, *keys, *values, *weights;
+  T* widened;  // rows of keys, then of values, of an int8 cache
   float *scores, *sums, *maxima, *totals, *rescale;
   int32_t* positions;
 
@@ -196,9 +206,10 @@ struct Tiles {
     char* p = memory;
     auto take = [&p](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(p);
-      p += round_up(count * 4, 64);
+      p += round_up(count * (int64_t)sizeof *pointer, 64);
     };
     take(queries, all_rows * depth);
+    if constexpr (std::is_same_v<K, int8_t>) take(widened, 2 * kChunk * args.head_dim);
     take(keys, depth * kChunk);
     take(values, kChunk / Tile::kPerScalar * width);
     take(scores, rows * kChunk);
@@ -213,9 +224,9 @@ struct Tiles {
   int64_t bytes;
 };
 
-template <class T>
-static void load_queries(const AttentionArgs& args, const AttentionTask& task, Tiles<T>& t) {
-  using Tile = typename Tiles<T>::Tile;
+template <class T, class K>
+static void load_queries(const AttentionArgs& args, const AttentionTask& task, Tiles<T, K>& t) {
+  using Tile = typename TileOf<T>::type;
   const T* base = static_cast<const T*>(args.query) + task.head_begin * args.group * args.query_head_stride;
   for (int64_t r = 0; r < t.all_rows; ++r) {
     int64_t row = task.row_begin + r % t.rows / args.group;
@@ -233,17 +244,31 @@ static void load_queries(const AttentionArgs& args, const AttentionTask& task, T
   memset(t.sums, 0, t.all_rows * t.width * sizeof(float));
 }
 
-// keys[depth][kChunk] = transposed K rows.
+// The keys and values of a chunk of an int8 cache, as rows of T.
 template <class T>
-static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
-  using Tile = typename Tiles<T>::Tile;
+static void widen_chunk(const AttentionArgs& args, const Chunk<int8_t>& chunk, int64_t columns, T* to) {
+  const int64_t dim = args.head_dim, offset = args.value_offset;
+  for (int64_t s = 0; s < columns; ++s, to += dim) {
+    const int8_t *key = chunk.keys[s], *value = key + offset;
+    const float key_scale = chunk.scales[s][0], value_scale = chunk.scales[s][offset / 4];
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      store(to + d, load(key + d, dim - d) * key_scale, dim - d);
+      store(to + kChunk * dim + d, load(value + d, dim - d) * value_scale, dim - d);
+    }
+  }
+}
+
+// keys[depth][kChunk] = transposed K rows.
+template <class T, class K>
+static void pack_keys(const T* const* from, int64_t columns, Tiles<T, K>& t) {
+  using Tile = typename TileOf<T>::type;
   using Scalar = typename Tile::Scalar;
   for (int64_t s = 0; s < columns; s += kLanes) {
     for (int64_t d = 0; d < t.depth; d += kLanes) {
       int64_t count = smaller(kLanes, t.depth - d);
       Words rows[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) rows[i] = load_scalars<Tile>(chunk.keys[s + i] + d * Tile::kPerScalar, count);
+      for (int i = 0; i < kLanes; ++i) rows[i] = load_scalars<Tile>(from[s + i] + d * Tile::kPerScalar, count);
       transpose(rows);
       Scalar* to = t.keys + d * kChunk + s;
       if (count == kLanes) {
@@ -256,19 +281,21 @@ static void pack_keys(const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
   }
 }
 
-// values[columns][width] = V rows as floats, or values[columns / 2][width] = two V rows interleaved.
-template <class T>
-static void pack_values(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, Tiles<T>& t) {
-  using Tile = typename Tiles<T>::Tile;
-  const int64_t dim = args.head_dim, offset = args.value_offset, width = t.width;
+// values[columns][width] = V rows as floats, or values[columns / 2][width] = two V rows interleaved. A V row lies
+// `offset` behind its K row.
+template <class T, class K>
+static void pack_values(const AttentionArgs& args, const T* const* keys, int64_t offset, int64_t columns,
+                        Tiles<T, K>& t) {
+  using Tile = typename TileOf<T>::type;
+  const int64_t dim = args.head_dim, width = t.width;
   if constexpr (Tile::kPerScalar == 1) {
     for (int64_t s = 0; s < columns; ++s) {
-      const T* from = chunk.keys[s] + offset;
+      const T* from = keys[s] + offset;
       for (int64_t d = 0; d < dim; d += kLanes) store(t.values + s * width + d, load(from + d, dim - d));
     }
   } else {
     for (int64_t s = 0; s < columns; s += 2) {
-      const T *even = chunk.keys[s] + offset, *odd = chunk.keys[s + 1] + offset;
+      const T *even = keys[s] + offset, *odd = keys[s + 1] + offset;
       auto* to = t.values + s / 2 * width;
       for (int64_t d = 0; d < dim; d += 2 * kLanes) {
         int64_t count = (dim - d) / 2;  // dim is even
@@ -293,9 +320,9 @@ KVARN_INLINE void store_weights(typename Tile::Scalar* row, int64_t column, Floa
 }
 
 // One row of scores (in place, logits in units of log2) becomes unnormalised weights; its maximum and sum move on.
-template <class T>
-static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_t columns, bool masked, int64_t r,
-                        float& running_maximum, float& running_total, Tiles<T>& t) {
+template <class T, class K>
+static void softmax_row(const AttentionArgs& args, const Chunk<K>& chunk, int64_t columns, bool masked, int64_t r,
+                        float& running_maximum, float& running_total, Tiles<T, K>& t) {
   float* scores = t.scores + r * kChunk;
   int32_t position = t.positions[r];
   int64_t behind = args.window > 0 ? larger(-1, position - args.window) : -1;  // the last position out of sight
@@ -318,94 +345,54 @@ static void softmax_row(const AttentionArgs& args, const Chunk<T>& chunk, int64_
   for (int64_t j = 0; j < columns; j += kLanes) {
     Floats weights = exp2(load(scores + j) - shift);
     total += weights;
-    store_weights<typename Tiles<T>::Tile>(t.weights + r * kChunk, j, weights);
+    store_weights<typename TileOf<T>::type>(t.weights + r * kChunk, j, weights);
   }
   t.rescale[r] = nothing ? 1.f : exp2(before - after);
   running_total = running_total * t.rescale[r] + sum(total);
   running_maximum = after;
 }
 
-// One finished row: the sink joins the denominator, the sums are divided and written in the model's dtype.
-template <class T>
-static void write_row(const AttentionArgs& args, const AttentionTask& task, int64_t r, const float* sums, float maximum,
-                      float total) {
-  int64_t rows = task.row_count * args.group;
-  int64_t head = (task.head_begin + r / rows) * args.group + r % args.group;
-  if (args.sinks) {
-    float sink = args.sinks[head] * kLog2e;
-    float shift = sink > maximum ? sink : maximum;
-    float by = exp2(maximum - shift);
-    total = total * by + exp2(sink - shift);
-    total = by > 0.f ? total / by : kInfinity;
-  }
-  float inverse = total > 0.f ? 1.f / total : 0.f;
-  int64_t row = task.row_begin + r % rows / args.group;
-  T* to = static_cast<T*>(args.out) + (row * args.query_heads + head) * args.head_dim;
-  for (int64_t d = 0; d < args.head_dim; d += kLanes) {
-    int64_t count = args.head_dim - d;
-    store(to + d, load(sums + d, count) * inverse, count);
-  }
-}
-
-template <class T>
-static void attention_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
-  using Tile = typename Tiles<T>::Tile;
-  Tiles<T> t(args, task.row_count, task.head_count, scratch);
+template <class T, class K>
+static void blocked_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+  using Tile = typename TileOf<T>::type;
+  Tiles<T, K> t(args, task.row_count, task.head_count, scratch);
   load_queries(args, task, t);
   int32_t first = INT32_MAX, last = -1;
   for (int64_t r = 0; r < t.rows; ++r) {
     first = t.positions[r] < first ? t.positions[r] : first;
     last = t.positions[r] > last ? t.positions[r] : last;
   }
-  SlotWalk<T> walk(args, task);
-  Chunk<T> chunk;
+  SlotWalk<K> walk(args, task);
+  Chunk<K> chunk;
+  const T* widened[kChunk];
+  if constexpr (!std::is_same_v<T, K>)
+    for (int64_t i = 0; i < kChunk; ++i) widened[i] = t.widened + i * args.head_dim;
   while (walk.fill(chunk)) {
     int64_t columns = chunk.pad();
     bool masked = columns > chunk.count || chunk.highest > first ||
                   (args.window > 0 && chunk.lowest <= last - args.window);
     for (int64_t head_row = 0; head_row < t.all_rows; head_row += t.rows) {
-      pack_keys(chunk, columns, t);
+      const T* const* keys;
+      int64_t value_offset = args.value_offset;
+      if constexpr (std::is_same_v<T, K>) {
+        keys = chunk.keys;
+      } else {
+        widen_chunk(args, chunk, columns, t.widened);
+        keys = widened;
+        value_offset = kChunk * args.head_dim;
+      }
+      pack_keys(keys, columns, t);
       multiply<Tile>(t.queries + head_row * t.depth, t.depth, t.rows, t.keys, kChunk, t.depth, columns, t.scores,
                      kChunk, nullptr);
       for (int64_t r = 0; r < t.rows; ++r)
         softmax_row(args, chunk, columns, masked, r, t.maxima[head_row + r], t.totals[head_row + r], t);
-      pack_values(args, chunk, columns, t);
+      pack_values(args, keys, value_offset, columns, t);
       multiply<Tile>(t.weights, kChunk, t.rows, t.values, t.width, columns / Tile::kPerScalar,
                      round_up(args.head_dim, kLanes), t.sums + head_row * t.width, t.width, t.rescale);
       chunk.move_to_next_head(columns, args.head_stride);
     }
   }
-  if (!task.partial) {
-    for (int64_t r = 0; r < t.all_rows; ++r)
-      write_row<T>(args, task, r, t.sums + r * t.width, t.maxima[r], t.totals[r]);
-    return;
-  }
-  for (int64_t r = 0; r < t.all_rows; ++r)
-    memcpy(task.partial + r * args.head_dim, t.sums + r * t.width, args.head_dim * sizeof(float));
-  memcpy(task.partial + t.all_rows * args.head_dim, t.maxima, t.all_rows * sizeof(float));
-  memcpy(task.partial + t.all_rows * (args.head_dim + 1), t.totals, t.all_rows * sizeof(float));
-}
-
-// Joins the partial results of one tile in place of the first of them.
-template <class T>
-static void merge_task(const AttentionArgs& args, const MergeTask& merge) {
-  int64_t rows = merge.whole.row_count * merge.whole.head_count * args.group;
-  int64_t dim = args.head_dim, size = rows * (dim + 2);
-  float* into = merge.whole.partial;
-  for (int64_t r = 0; r < rows; ++r) {
-    float highest = -kInfinity, total = 0.f;
-    for (int64_t i = 0; i < merge.splits; ++i) {
-      float m = into[i * size + rows * dim + r];
-      highest = m > highest ? m : highest;
-    }
-    for (int64_t i = 0; i < merge.splits; ++i) {
-      const float* part = into + i * size;
-      float by = highest == -kInfinity ? 0.f : exp2(part[rows * dim + r] - highest);
-      total += part[rows * (dim + 1) + r] * by;
-      for (int64_t d = 0; d < dim; ++d) into[r * dim + d] = part[r * dim + d] * by + (i ? into[r * dim + d] : 0.f);
-    }
-    write_row<T>(args, merge.whole, r, into + r * dim, highest, total);
-  }
+  finish<T>(args, task, t.all_rows, t.sums, t.width, t.maxima, t.totals);
 }
 
 }  // namespace

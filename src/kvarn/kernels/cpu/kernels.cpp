@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "attention_decode.h"
 #include "linear.h"
 #include "linear_int.h"
 #include "rowwise.h"
@@ -19,17 +20,37 @@ namespace {
 #define KVARN_BY_DTYPE(function, args, ...) \
   ((args).is_bfloat16 ? function<bfloat16>(args, __VA_ARGS__) : function<float>(args, __VA_ARGS__))
 
+template <class T, class K>
+int64_t scratch_bytes_of(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
+  const int64_t few = smaller(rows, larger(1, kFewRows / args.group));
+  return larger(Tiles<T, K>(args, rows, kv_heads, nullptr).bytes,
+                DecodeBuffers<T, K>(args, few, kv_heads, nullptr).bytes);
+}
+template <class T, class K>
+void attention_of(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+  if (takes_decode(args, task.row_count))
+    DecodeTask<T, K>(args, task, scratch).run();
+  else
+    blocked_task<T, K>(args, task, scratch);
+}
+
+// Runs F<query type, kv type>.
+#define KVARN_BY_DTYPES(function, args, ...)                                                                       \
+  ((args).is_int8 ? ((args).is_bfloat16 ? function<bfloat16, int8_t>(args, __VA_ARGS__)                            \
+                                        : function<float, int8_t>(args, __VA_ARGS__))                              \
+                  : ((args).is_bfloat16 ? function<bfloat16, bfloat16>(args, __VA_ARGS__)                          \
+                                        : function<float, float>(args, __VA_ARGS__)))
+
 int64_t attention_scratch_bytes(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
-  return args.is_bfloat16 ? Tiles<bfloat16>(args, rows, kv_heads, nullptr).bytes
-                          : Tiles<float>(args, rows, kv_heads, nullptr).bytes;
+  return KVARN_BY_DTYPES(scratch_bytes_of, args, rows, kv_heads);
 }
 void attention(const AttentionArgs& args, const AttentionTask& task, void* scratch) {
-  KVARN_BY_DTYPE(attention_task, args, task, static_cast<char*>(scratch));
+  KVARN_BY_DTYPES(attention_of, args, task, static_cast<char*>(scratch));
 }
 void attention_merge(const AttentionArgs& args, const MergeTask& task) { KVARN_BY_DTYPE(merge_task, args, task); }
 void rms_norm(const NormArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(rms_norm_rows, args, begin, end); }
 void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
-  KVARN_BY_DTYPE(rope_and_cache_rows, args, begin, end);
+  KVARN_BY_DTYPES(rope_and_cache_rows, args, begin, end);
 }
 void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(silu_mul_rows, args, begin, end); }
 void linear(const LinearArgs& args, int64_t panel, int64_t row_begin, int64_t row_end) {

@@ -8,11 +8,14 @@
 
 namespace kvarn {
 
-// Sizes and strides are in elements, slot and row numbers count from 0.
+// Keys and values are float32 or bfloat16 like the query, [N, 2, Hkv, B, D], or int8 with one float32 scale for each
+// slot and head, [N, 2, Hkv, B * (D + 4)] bytes: B rows of int8, then B scales.
+//
+// Sizes and strides are in elements (of an int8 cache: bytes), slot and row numbers count from 0.
 struct AttentionArgs {
   const void* query;            // [T, Hq, D]
   int64_t query_row_stride, query_head_stride;
-  const void* kv;               // [N, 2, Hkv, B, D]
+  const void* kv;
   int64_t block_stride, value_offset, head_stride;
   const int32_t* slot_positions;  // [N, B]
   int64_t slot_positions_stride;
@@ -24,7 +27,8 @@ struct AttentionArgs {
   int64_t query_heads, kv_heads, group, head_dim, block_size;
   float scale, softcap;
   int64_t window;
-  bool is_bfloat16;
+  bool is_bfloat16;  // query and out
+  bool is_int8;      // kv
 };
 
 // One piece of attention: some rows of one sequence, the query heads of some kv heads, a range of its slots.
@@ -32,7 +36,7 @@ struct AttentionTask {
   int64_t sequence;
   int64_t head_begin, head_count;  // kv heads
   int64_t row_begin, row_count;
-  int64_t slot_begin, slot_end;
+  int64_t slot_begin, slot_end;    // slot_begin is the first of a block
   // Where the unfinished result goes when the slots are split over several tasks; null: finish and write to `out`.
   float* partial;
 };
@@ -64,10 +68,11 @@ struct CacheArgs {
   const float* cos_sin;  // [P, R]
   int64_t rotary;
   const int32_t *positions, *slots;  // [T]
-  void* kv;                          // [N, 2, Hkv, B, D]
+  void* kv;                          // as in AttentionArgs
   int64_t block_stride, value_offset, head_stride;
   int64_t query_heads, kv_heads, head_dim, block_size;
-  bool is_bfloat16;
+  bool is_bfloat16;  // query, key and value
+  bool is_int8;      // kv
 };
 
 struct SiluArgs {

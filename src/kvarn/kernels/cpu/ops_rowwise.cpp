@@ -73,16 +73,12 @@ CacheArgs cache_args(const View& key, const View& value, const View& kv, const V
   value.expect_dims(3, "[T, Hkv, D]");
   value.expect_like(key);
   value.expect_contiguous_tail(1);
-  kv.expect_dims(5, "[N, 2, Hkv, B, D]");
-  kv.expect_like(key);
-  kv.expect_contiguous_tail(4);
-  kv.expect_size(1, 2, "keys and values");
+  const CacheShape cache(kv, key);
   kv.expect_size(2, key.size(1), "the key's heads");
-  kv.expect_size(4, key.size(2), "the key's head dimension");
   for (int64_t dim = 0; dim < 3; ++dim) value.expect_size(dim, key.size(dim), "the key's shape");
   slots.expect_int32(1, "[T]");
   slots.expect_size(0, key.size(0), "key rows");
-  const int64_t capacity = kv.size(0) * kv.size(3);
+  const int64_t capacity = kv.size(0) * cache.block_size;
   for (int64_t t = 0; t < slots.size(0); ++t)
     if (int64_t slot = slots.as<int32_t>()[t]; slot < 0 || slot >= capacity)
       slots.fail("slots in [0, " + std::to_string(capacity) + "), got " + std::to_string(slot) + " for row " +
@@ -101,7 +97,8 @@ CacheArgs cache_args(const View& key, const View& value, const View& kv, const V
   args.head_stride = kv.stride(2);
   args.kv_heads = key.size(1);
   args.head_dim = key.size(2);
-  args.block_size = kv.size(3);
+  args.block_size = cache.block_size;
+  args.is_int8 = cache.is_int8;
   args.is_bfloat16 = key.is_bfloat16();
   return args;
 }

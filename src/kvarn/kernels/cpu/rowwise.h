@@ -51,7 +51,27 @@ KVARN_INLINE void rotate(const T* from, T* to, const float* cosines, const float
   if (to != from) memcpy(to + rotary, from + rotary, (dim - rotary) * sizeof(T));
 }
 
+// to = from in 127ths of its largest magnitude, which is the scale that is returned times 127.
 template <class T>
+KVARN_INLINE float quantise(const T* from, int8_t* to, int64_t dim) {
+  Floats largest{};
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const Floats x = load(from + i, dim - i);
+    largest = vmax(largest, vmax(x, -x));
+  }
+  const float high = maximum(largest), by = high > 1e-30f ? 127.f / high : 0.f;
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const float shifter = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
+    const Ints bits = (Ints)(load(from + i, dim - i) * by + shifter);
+    const Bytes rounded = __builtin_convertvector(bits - 0x4b400000, Bytes);
+    memcpy(to + i, &rounded, smaller(kLanes, dim - i));
+  }
+  return high * (1.f / 127.f);
+}
+
+constexpr int64_t kMostHeadDim = 1024;
+
+template <class T, class K>
 static void rope_and_cache_rows(const CacheArgs& args, int64_t begin, int64_t end) {
   const int64_t dim = args.head_dim;
   for (int64_t row = begin; row < end; ++row) {
@@ -65,13 +85,24 @@ static void rope_and_cache_rows(const CacheArgs& args, int64_t begin, int64_t en
       for (int64_t h = 0; h < args.query_heads; ++h, query += args.query_head_stride)
         rotate(query, query, cosines, sines, args.rotary, dim);
     }
-    int64_t block = args.slots[row] / args.block_size, offset = args.slots[row] % args.block_size;
-    T* to = static_cast<T*>(args.kv) + block * args.block_stride + offset * dim;
+    const int64_t block = args.slots[row] / args.block_size, offset = args.slots[row] % args.block_size;
+    K* head = static_cast<K*>(args.kv) + block * args.block_stride;
     const T* key = static_cast<const T*>(args.key) + row * args.key_row_stride;
     const T* value = static_cast<const T*>(args.value) + row * args.value_row_stride;
-    for (int64_t h = 0; h < args.kv_heads; ++h, to += args.head_stride) {
-      rotate(key + h * args.key_head_stride, to, cosines, sines, args.rotary, dim);
-      memcpy(to + args.value_offset, value + h * args.value_head_stride, dim * sizeof(T));
+    for (int64_t h = 0; h < args.kv_heads; ++h, head += args.head_stride) {
+      K* to = head + offset * dim;
+      const T *from_key = key + h * args.key_head_stride, *from_value = value + h * args.value_head_stride;
+      if constexpr (std::is_same_v<T, K>) {
+        rotate(from_key, to, cosines, sines, args.rotary, dim);
+        memcpy(to + args.value_offset, from_value, dim * sizeof(T));
+      } else {
+        T rotated[kMostHeadDim];
+        rotate(from_key, rotated, cosines, sines, args.rotary, dim);
+        const float scales[2] = {quantise(rotated, to, dim), quantise(from_value, to + args.value_offset, dim)};
+        K* at = head + args.block_size * dim + offset * 4;
+        memcpy(at, &scales[0], 4);
+        memcpy(at + args.value_offset, &scales[1], 4);
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -29,6 +30,7 @@ constexpr int kTileVectors = 2;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint16_t WideHalves __attribute__((vector_size(4 * kLanes)));
 
@@ -67,6 +69,9 @@ KVARN_INLINE Halves narrow(Floats v) {
 
 KVARN_INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 KVARN_INLINE Floats load(const bfloat16* p) { return widen(load_as<Halves>(p)); }
+KVARN_INLINE Floats load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(p), Ints), Floats);
+}
 KVARN_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 KVARN_INLINE void store(bfloat16* p, Floats v) {
   Halves h = narrow(v);
@@ -88,6 +93,33 @@ KVARN_INLINE void store(T* p, Floats v, int64_t count) {
   store(padded, v);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
 }
+
+#if defined(__AVX512F__)
+KVARN_INLINE Floats load(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+#endif
+
+// Bit i is set where lane i of a comparison holds.
+KVARN_INLINE uint32_t lane_bits(Ints holds) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)holds);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)holds);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (holds[i] ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+template <size_t... I>
+KVARN_INLINE Ints lane_numbers(std::index_sequence<I...>) {
+  return Ints{(int32_t)I...};
+}
+KVARN_INLINE Ints lane_numbers() { return lane_numbers(std::make_index_sequence<kLanes>()); }
 
 KVARN_INLINE Floats vmax(Floats a, Floats b) { return a > b ? a : b; }
 KVARN_INLINE Floats vmin(Floats a, Floats b) { return a < b ? a : b; }

@@ -74,6 +74,24 @@ void View::expect_int32(int64_t expected_dims, const char* shape) const {
   expect_contiguous_tail(expected_dims);
 }
 
+CacheShape::CacheShape(const View& kv, const View& rows) : is_int8(kv.dtype == aoti_torch_dtype_uint8()) {
+  const int64_t dim = rows.size(2);
+  if (is_int8) {
+    kv.expect_dims(4, "[N, 2, Hkv, B * (D + 4)] bytes");
+    if (dim % 8 || dim > 1024) kv.fail("rows with a head dimension that is a multiple of 8 up to 1024");
+    if (kv.size(3) % (dim + 4)) kv.fail("bytes of whole slots, " + std::to_string(dim + 4) + " each");
+    if (kv.stride(0) % 4) kv.fail("blocks at whole floats");
+    block_size = kv.size(3) / (dim + 4);
+  } else {
+    kv.expect_dims(5, "[N, 2, Hkv, B, D]");
+    kv.expect_like(rows);
+    kv.expect_size(4, dim, "the head dimension");
+    block_size = kv.size(3);
+  }
+  kv.expect_contiguous_tail(kv.dims - 1);
+  kv.expect_size(1, 2, "keys and values");
+}
+
 Tensor empty(const View& like, std::initializer_list<int64_t> sizes) { return empty(sizes, like.dtype); }
 
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {

@@ -42,6 +42,15 @@ struct View {
   [[noreturn]] void fail(const std::string& expected) const;
 };
 
+// One layer of a KV pool, checked against a query or key [T, heads, D]: [N, 2, Hkv, B, D] of its dtype, or
+// [N, 2, Hkv, B * (D + 4)] uint8: B rows of int8, then their B float32 scales.
+struct CacheShape {
+  bool is_int8;
+  int64_t block_size;
+
+  CacheShape(const View& kv, const View& rows);
+};
+
 // An uninitialised contiguous CPU tensor of the view's dtype.
 Tensor empty(const View& like, std::initializer_list<int64_t> sizes);
 Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype);
