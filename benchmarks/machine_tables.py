@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from benchmarks.tables import Bars, Rendered, cell, good, grid, label, runs_of, short
+from benchmarks.tables import Bars, Rendered, cell, good, grid, label, machine_line, runs_of, short
 
 GIGA = 1e9
 
@@ -117,3 +117,28 @@ def overhead_table(data: dict[str, Any]) -> Rendered:
 def memory_beyond(session: dict[str, Any]) -> float:
     """Resident bytes that are neither the matrices, once, nor the KV pool."""
     return float(session["resident_bytes"] - session["weight_bytes"] - session["pool_bytes"])
+
+
+def gpu_table(data: dict[str, Any]) -> Rendered:
+    """Rows: models, precisions, with and without graphs; columns: tokens/s, share of the roofline, a step's time."""
+    columns = list(dict.fromkeys((row["kind"], row["size"]) for row in data["rows"]))
+    engines: dict[tuple[str, str, bool], dict[tuple[str, int], str]] = {}
+    for row in data["rows"]:
+        step = f", {row['step_ms']:.2f} ms" if row["step_ms"] else ""
+        text = f"{short(row['tokens_per_second'])} ({row['roofline_share']:.0%}{step})"
+        cells = engines.setdefault((row["model"], row["precision"], row["graphs"]), {})
+        cells[row["kind"], row["size"]] = text
+    rows = [
+        [model, precision, "yes" if graphs else "no", *(cells.get(column, "") for column in columns)]
+        for (model, precision, graphs), cells in engines.items()
+    ]
+    conditions, limits, device = data["conditions"], data["limits"], data["device"]
+    intro = (
+        f"kvarn on {device.get('name', device['device'])}: tokens/s (share of the roofline, time of a step), greedy, "
+        f"{conditions['input_tokens']} in, {conditions['output_tokens']} out, median of {conditions['repeats']} runs. "
+        f"Measured in the same run: {limits['bytes_per_second'] / 1e9:,.0f} GB/s in a copy, "
+        f"{limits['flops_per_second'] / 1e12:,.1f} TFLOP/s in a bfloat16 product."
+    )
+    head = ["model", "weights", "graphs", *(f"{kind} {size}" for kind, size in columns)]
+    versions = f"torch {device['torch']}" + (f", CUDA {device['cuda']}" if "cuda" in device else "")
+    return [intro, "", *grid(head, rows), "", f"{versions}. {machine_line(data)}"], {}

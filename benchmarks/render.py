@@ -66,6 +66,7 @@ RENDERERS: dict[str, Renderer] = {
     "overhead": lambda data, _: machine_tables.overhead_table(data),
     "step": lambda data, _: tables.step_table(data),
     "linear": lambda data, _: tables.linear_table(data),
+    "gpu": lambda data, _: machine_tables.gpu_table(data),
 }
 
 

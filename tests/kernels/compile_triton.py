@@ -17,7 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kvarn.kernels.triton import attention, rowwise
+from kvarn.kernels import quantized
+from kvarn.kernels.triton import attention, linear, rowwise
 
 
 class NoDriver:
@@ -76,6 +77,10 @@ def launch_all(dtype: torch.dtype) -> None:
     rowwise.silu_mul(x)
     rowwise.rope_and_cache(query, key, key, torch.empty(100, dim), rows, kv, rows)
     rowwise.write_cache(key, key, kv, rows)
+    weight = torch.zeros(64, 4096)
+    for bits, packed in ((8, quantized.pack_int8(weight)), (4, quantized.pack_int4(quantized.quantize_int4(weight)))):
+        for count in (1, 64, 65):
+            linear.int_linear(x[:count], packed, None, 64, bits)
 
 
 if __name__ == "__main__":
