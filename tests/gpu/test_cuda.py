@@ -64,3 +64,27 @@ def test_bfloat16_runs(folder: Path):
     engine = OfflineEngine.load(str(folder), device="cuda", precision="bfloat16", kv_memory_bytes=16 * 2**20)
     (result,) = engine.generate([_prompts()[4]], SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
     assert len(result.token_ids) == TOKENS
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "rms_norm", "add_rms_norm", "rope_and_cache", "write_cache",
+                                  "silu_mul", "int_linear"])  # fmt: skip
+def test_operators_have_cuda_kernels(name: str):
+    """The kernels themselves are held to the reference by tests/kernels/test_triton_*.py, which run here too."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kvarn::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_graphs_do_not_change_the_text(folder: Path, precision: str):
+    """With graphs, batches are filled up to the next size: 8 requests and, as they end one by one, all sizes below."""
+    params = [SamplingParams(temperature=0.0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(_prompts()))]
+    texts = []
+    for graphs in (False, True):
+        engine = OfflineEngine.load(
+            str(folder), device="cuda", precision=precision, cuda_graphs=graphs, kv_memory_bytes=16 * 2**20
+        )
+        texts.append([result.token_ids for result in engine.generate(_prompts(), params)])
+    if precision == "float32":
+        assert texts[0] == texts[1]
+    # Otherwise a batch of another size may be summed in another order, which decides near ties.
+    for one, other in zip(*texts, strict=True):
+        assert (len(one), one[0]) == (len(other), other[0])

@@ -52,26 +52,32 @@ def report(architecture: int) -> None:
 
     JITFunction.run = compile_only
     try:
-        for dtype in (torch.bfloat16, torch.float32):
-            launch_all(dtype)
+        launch_all(torch.bfloat16)
+        launch_attention(torch.float32)
     finally:
         JITFunction.run = launch
 
 
-def launch_all(dtype: torch.dtype) -> None:
-    """Llama-3-8B's shapes: decode over several shares, then a prompt with everything that attention can do."""
+def launch_attention(dtype: torch.dtype) -> None:
+    """Decode over several shares, then a prompt with everything that attention can do. Llama-3-8B's shapes."""
     heads, kv_heads, dim, tokens = 32, 8, 128, 512
     kv = torch.empty(16, 2, kv_heads, 16, dim, dtype=dtype)
-    positions = torch.empty(16, 16, dtype=torch.int32)
-    x = torch.empty(tokens, 4096, dtype=dtype)
-    query, key = torch.empty(tokens, heads, dim, dtype=dtype), torch.empty(tokens, kv_heads, dim, dtype=dtype)
-    rows = torch.empty(tokens, dtype=torch.int32)
+    positions, rows = torch.empty(16, 16, dtype=torch.int32), torch.empty(tokens, dtype=torch.int32)
+    query = torch.empty(tokens, heads, dim, dtype=dtype)
     for sequences, options in ((tokens, {}), (1, {"window": 64, "softcap": 20.0, "sinks": torch.empty(heads)})):
         count = 2 if not options else tokens
         few = min(sequences, count)
         tables, slots = torch.empty(few, 512, dtype=torch.int32), torch.empty(few, dtype=torch.int32)
         starts = torch.empty(few + 1, dtype=torch.int32)
         attention.paged_attention(query[:count], kv, positions, tables, slots, starts, rows[:count], 0.1, **options)
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    launch_attention(dtype)
+    kv_heads, dim, tokens = 8, 128, 512
+    kv = torch.empty(16, 2, kv_heads, 16, dim, dtype=dtype)
+    x, rows = torch.empty(tokens, 4096, dtype=dtype), torch.empty(tokens, dtype=torch.int32)
+    query, key = torch.empty(tokens, 32, dim, dtype=dtype), torch.empty(tokens, kv_heads, dim, dtype=dtype)
     rowwise.rms_norm(x, x[0], 1e-5)
     rowwise.add_rms_norm(x, x, x[0], 1e-5)
     rowwise.silu_mul(x)
@@ -79,7 +85,7 @@ def launch_all(dtype: torch.dtype) -> None:
     rowwise.write_cache(key, key, kv, rows)
     weight = torch.zeros(64, 4096)
     for bits, packed in ((8, quantized.pack_int8(weight)), (4, quantized.pack_int4(quantized.quantize_int4(weight)))):
-        for count in (1, 64, 65):
+        for count in (64, 65):
             linear.int_linear(x[:count], packed, None, 64, bits)
 
 

@@ -24,7 +24,7 @@ SPARE_BLOCKS = 2
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     files = save_model(LlamaConfig(**SIZES), tmp_path_factory.mktemp("tiny-llama"))
-    return load_decoder(files, dtype="float32")
+    return load_decoder(files, precision="float32")
 
 
 class Repeated:

@@ -249,7 +249,8 @@ def int_linear(
     """x @ weight.T + bias for a weight [N, K] of 8 or 4 bits, laid out by `quantized.pack_int8` or `pack_int4`.
 
     Rows of x are quantised to int8 in groups of 32 inputs, each with a scale of its own (largest magnitude / 127),
-    and multiplied as integers. Other arguments, the result and its order of sums as for `packed_linear`.
+    and multiplied as integers; on a CUDA device they stay as they are. Other arguments, the result and its order of
+    sums as for `packed_linear`.
     """
     return _int_linear(x, packed, bias, out_features, bits, float32)  # type: ignore[no-any-return]
 

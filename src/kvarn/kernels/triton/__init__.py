@@ -14,7 +14,7 @@ def register(library: torch.library.Library) -> bool:
     """Register the kernels for CUDA tensors of `library`'s operators; False where there is no CUDA or no Triton."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
-    from kvarn.kernels.triton import attention, rowwise
+    from kvarn.kernels.triton import attention, linear, rowwise
 
     for implementation in (
         attention.paged_attention,
@@ -23,6 +23,7 @@ def register(library: torch.library.Library) -> bool:
         rowwise.rope_and_cache,
         rowwise.write_cache,
         rowwise.silu_mul,
+        linear.int_linear,
     ):
         library.impl(implementation.__name__, implementation, "CUDA")
     return True
