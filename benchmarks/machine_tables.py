@@ -142,3 +142,31 @@ def gpu_table(data: dict[str, Any]) -> Rendered:
     head = ["model", "weights", "graphs", *(f"{kind} {size}" for kind, size in columns)]
     versions = f"torch {device['torch']}" + (f", CUDA {device['cuda']}" if "cuda" in device else "")
     return [intro, "", *grid(head, rows), "", f"{versions}. {machine_line(data)}"], {}
+
+
+def speculation_table(data: dict[str, Any]) -> Rendered:
+    """Rows: work and batch; columns: decode tokens/s of each mode, ratio, drafts that came true."""
+    conditions, rows = data["conditions"], []
+    for task, batch in dict.fromkeys((row["task"], row["batch"]) for row in data["rows"]):
+        runs = {
+            mode: [row for row in data["rows"] if (row["task"], row["batch"], row["mode"]) == (task, batch, mode)]
+            for mode in ("off", "ngram", "auto")
+        }
+        rates = {mode: [row["tokens_per_second"] for row in ours] for mode, ours in runs.items()}
+        cells = [cell(rates[mode], [row["foreign_cores"] for row in ours]) for mode, ours in runs.items()]
+        drafted = sum(row["drafted"] for row in runs["auto"])
+        accepted = sum(row["accepted"] for row in runs["auto"])
+        rows.append([
+            task,
+            str(batch),
+            *cells,
+            f"**{median(rates['auto']) / median(rates['off']):.2f}**",
+            f"{accepted} of {drafted}",
+            "yes" if all(row["same_tokens"] for ours in runs.values() for row in ours) else "no",
+        ])  # fmt: skip
+    intro = (
+        f"Decode tokens/s with and without speculation (precision {conditions['precision']}), greedy, "
+        f"{conditions['output_tokens']} tokens out, median (lowest-highest) of {conditions['repeats']} runs."
+    )
+    head = ["work", "batch", "off", "ngram", "auto", "auto / off", "drafts of auto that came true", "same tokens"]
+    return [intro, "", *grid(head, rows), "", machine_line(data)], {}

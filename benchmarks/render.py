@@ -65,6 +65,7 @@ RENDERERS: dict[str, Renderer] = {
     "neighbours": lambda data, _: machine_tables.neighbours_table(data),
     "overhead": lambda data, _: machine_tables.overhead_table(data),
     "step": lambda data, _: tables.step_table(data),
+    "speculation": lambda data, _: machine_tables.speculation_table(data),
     "linear": lambda data, _: tables.linear_table(data),
     "gpu": lambda data, _: machine_tables.gpu_table(data),
 }

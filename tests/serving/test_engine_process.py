@@ -6,10 +6,13 @@ import msgspec
 import pytest
 import zmq
 
+from kvarn.errors import KvarnError
 from kvarn.serving.api.messages import FromEngine, StepOutputs, Submit, TokenOutput
-from kvarn.serving.engine_process import EngineProcess
+from kvarn.serving.engine import Engine
+from kvarn.serving.engine_process import EngineProcess, Outbox
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.params import SamplingParams
+from kvarn.serving.speculation import Speculator
 
 from .paged_text import PagedTextExecutor, continuation, make_engine
 
@@ -31,14 +34,14 @@ class _Finishes:
             self.process.stop()
 
 
-def serve(*messages: Submit) -> dict[str, list[TokenOutput]]:
+def serve(*messages: Submit, engine: Engine | None = None) -> dict[str, list[TokenOutput]]:
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as push:
         inbox.bind("inproc://engine")
         push.connect("inproc://engine")
         for message in messages:
             push.send(msgspec.msgpack.encode(message))
         outbox = _Finishes(len(messages))
-        outbox.process = EngineProcess(make_engine(), frozenset(), inbox, outbox)  # type: ignore[arg-type]
+        outbox.process = EngineProcess(engine or make_engine(), frozenset(), inbox, outbox)  # type: ignore[arg-type]
         outbox.process.run()
     return outbox.news
 
@@ -67,3 +70,30 @@ def test_request_that_breaks_the_executor_on_arrival_ends_alone(monkeypatch: pyt
     assert (refusal.finish_reason, refusal.error_field) == ("error", None)
     assert "cannot be" in (refusal.error or "")
     assert [token for output in news["good"] for token in output.tokens] == continuation([1, 2], 3)
+
+
+def test_tokens_of_one_step_come_in_one_output() -> None:
+    engine = make_engine()
+    engine.speculator = Speculator(4, only_where_it_pays=False)
+    engine.executor.next_token = lambda context: (context[-1] + 1) % 5  # type: ignore[attr-defined]
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    news = serve(Submit("a", [0, 1, 2, 3, 4, 0, 1], params), Submit("b", [3, 4, 0, 1, 2], params), engine=engine)
+    assert [token for output in news["a"] for token in output.tokens] == [2, 3, 4, 0, 1] * 2 + [2, 3]
+    assert [token for output in news["b"] for token in output.tokens] == [3, 4, 0, 1, 2] * 2 + [3, 4]
+    assert max(len(output.tokens) for output in news["a"]) == 5
+    assert [output.finish_reason for output in news["a"]] == [None] * (len(news["a"]) - 1) + ["length"]
+    assert len(news["a"]) <= 4
+
+
+def test_closing_the_outbox_sends_what_is_left() -> None:
+    with zmq.Context() as context, context.socket(zmq.PULL) as pull, context.socket(zmq.PUSH) as push:
+        pull.bind("inproc://news")
+        push.connect("inproc://news")
+        outbox = Outbox(push)
+        for i in range(100):
+            outbox.send(StepOutputs([TokenOutput(str(i), [i])]))
+        outbox.close()
+        received = [msgspec.msgpack.decode(pull.recv(), type=StepOutputs) for _ in range(100)]
+    assert [step.outputs[0].tokens for step in received] == [[i] for i in range(100)]
+    with pytest.raises(KvarnError, match="has ended"):
+        outbox.send(StepOutputs([]))
