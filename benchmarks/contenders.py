@@ -28,7 +28,7 @@ class Contender:
     settings: dict[str, Any] = field(default_factory=dict)
     """Passed on to its adapter."""
     batches_up_to: int = 64
-    """Larger batches are left out: there it is far behind others of the same peer, and slow to measure."""
+    """Larger batches are left out: there it is far behind other contenders, and slow to measure."""
 
     @property
     def is_installed(self) -> bool:
@@ -47,9 +47,9 @@ CONTENDERS = {
     "openvino-bf16": Contender("openvino", "bf16", "OpenVINO GenAI bf16", "f16", {"hint": "bf16"}),
     "openvino-8bit": Contender("openvino", "8-bit", "OpenVINO GenAI Q8_0", "q8_0"),
     "openvino-4bit": Contender("openvino", "4-bit", "OpenVINO GenAI Q4_1", "q4_1"),
-    "onnx-4bit": Contender("onnx", "4-bit", "ONNX Runtime GenAI int4", "onnx"),
-    "llamacpp-bf16": Contender("llamacpp", "bf16", "llama.cpp bf16", "bf16"),
-    "llamacpp-8bit": Contender("llamacpp", "8-bit", "llama.cpp Q8_0", "q8_0"),
+    "onnx-4bit": Contender("onnx", "4-bit", "ONNX Runtime GenAI int4", "onnx", batches_up_to=32),
+    "llamacpp-bf16": Contender("llamacpp", "bf16", "llama.cpp bf16", "bf16", batches_up_to=16),
+    "llamacpp-8bit": Contender("llamacpp", "8-bit", "llama.cpp Q8_0", "q8_0", batches_up_to=16),
     "llamacpp-4bit": Contender("llamacpp", "4-bit", "llama.cpp Q4_1", "q4_1", batches_up_to=4),
     "transformers-bf16": Contender("transformers", "bf16", "transformers bf16", batches_up_to=4),
 }
@@ -61,7 +61,6 @@ LONG_CONTEXT = {
     "kvarn-int8": Contender(
         "kvarn", "8-bit", "kvarn int8, int8 KV", settings={"precision": "int8", "kv_dtype": "int8"}
     ),
-    "kvarn-auto": Contender("kvarn", "auto", "kvarn, defaults"),
     "vllm-bf16": Contender("vllm", "bf16", "vLLM (CPU) bf16, bf16 KV", settings={"context": 8192}),
     "openvino-4bit": Contender("openvino", "4-bit", "OpenVINO GenAI Q4_1, u8 KV", "q4_1", {"share_prefixes": True}),
     "llamacpp-f16kv": Contender(

@@ -130,10 +130,11 @@ def compare(reference: OfflineEngine, others: dict[str, OfflineEngine], tokens: 
         targets = following[start * CHUNK : start * CHUNK + len(logits)]
         known = len(targets) - (start * CHUNK + len(logits) == len(tokens))
         expected = logits.log_softmax(-1)
+        probabilities, most_likely = expected.exp(), expected.argmax(-1)
         for name, cost in costs.items():
             found = expected if name == REFERENCE else next(streams[name]).log_softmax(-1)
-            divergence = (expected.exp() * (expected - found)).sum(-1)
-            same = found.argmax(-1) == expected.argmax(-1)
+            divergence = (expected - found).mul_(probabilities).sum(-1)
+            same = found.argmax(-1) == most_likely
             cost.kl += divergence[:known].tolist()
             cost.same += same[:known].tolist()
             cost.nll += (-found.gather(1, targets[:, None])[:known, 0]).tolist()

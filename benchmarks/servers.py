@@ -69,17 +69,17 @@ class Running:
 
 def kvarn(label: str, weights: str = "auto", extra: tuple[str, ...] = (), **wanted: str) -> Server:
     """kvarn's server with these engine settings and further flags."""
+    chosen = engine_settings(**wanted)
 
     def command(port: int, threads: int) -> list[str]:
-        chosen = engine_settings(**wanted)
         flags = [part for name, value in chosen.items() if name != "model" for part in _flag(name, value)]
         return [
             _python("kvarn"), "-m", "kvarn.cli.main", "serve", str(chosen["model"]), "--port", str(port),
             "--threads", str(threads), "--served-name", MODEL_NAME, *flags, *extra,
         ]  # fmt: skip
 
-    shown = ", ".join(f"{name} {value}" for name, value in wanted.items())
-    settings = f"{shown}, else defaults" if shown else "defaults"
+    shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    settings = f"{shown}, else defaults"
     return Server("kvarn", label, weights, command, "kvarn", settings, {"PYTHONPATH": str(ROOT / "src")})
 
 

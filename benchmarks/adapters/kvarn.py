@@ -40,6 +40,8 @@ def engine_settings(**wanted: str) -> dict[str, Any]:
         wanted["dtype"] = wanted.pop("precision")
     if "kv_dtype" not in fields and wanted.get("kv_dtype") in ("bfloat16", "auto"):
         del wanted["kv_dtype"]
+    if "speculation" in fields:
+        wanted["speculation"] = "off"
     if missing := set(wanted) - set(fields):
         raise KvarnError(f"this version of kvarn has no setting {', '.join(sorted(missing))}")
     return {"model": "smollm2", **wanted}

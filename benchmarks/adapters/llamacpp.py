@@ -22,7 +22,7 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
 
 class LlamaCpp:
     """The model, and a context a batch. With `copy_prefill`, only the first prompt is computed; the others get copies
-    of its keys and values in memory of their own, and a context is kept while the same batch comes again."""
+    of its keys and values in memory of their own, and a context is kept while prompts begin as its own does."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import llama_cpp as lib
@@ -78,7 +78,7 @@ class LlamaCpp:
     def _first_tokens_by_copy(self, prompts: list[list[int]], output_tokens: int) -> tuple[Generated, Any]:
         """All but the last token of the first prompt once, copied to every sequence; then a step for the last ones."""
         lib, prompt = self.lib, prompts[0]
-        if self.kept is None or self.kept[0] != prompt:
+        if self.kept is None or self.kept[0][: len(prompt)] != prompt:
             if self.kept is not None:
                 lib.llama_free(self.kept[1])
             context = self._open_context(len(prompts), len(prompt) + output_tokens)
