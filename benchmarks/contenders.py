@@ -58,8 +58,8 @@ LONG_CONTEXT = {
     "kvarn-bf16": Contender(
         "kvarn", "bf16", "kvarn bf16, bf16 KV", settings={"precision": "bfloat16", "kv_dtype": "bfloat16"}
     ),
-    "kvarn-int8": Contender(
-        "kvarn", "8-bit", "kvarn int8, int8 KV", settings={"precision": "int8", "kv_dtype": "int8"}
+    "kvarn-int4": Contender(
+        "kvarn", "4-bit", "kvarn int4, int8 KV", settings={"precision": "int4", "kv_dtype": "int8"}
     ),
     "vllm-bf16": Contender("vllm", "bf16", "vLLM (CPU) bf16, bf16 KV", settings={"context": 8192}),
     "openvino-4bit": Contender("openvino", "4-bit", "OpenVINO GenAI Q4_1, u8 KV", "q4_1", {"share_prefixes": True}),

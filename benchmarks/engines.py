@@ -17,6 +17,8 @@ from kvarn.bench.offline import TokenTimes, random_prompts
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".cache" / "benchmarks"
 SAMPLE_TOKENS = 8
+OURS = {"PYTHONPATH": str(ROOT / "src"), "GOMP_SPINCOUNT": "2000"}
+"""kvarn from this checkout, its OpenMP threads as `kvarn serve` sets them for its engine process."""
 
 
 class EngineFailed(Exception):
@@ -31,11 +33,11 @@ class EngineProcess:
         LOGS.mkdir(parents=True, exist_ok=True)
         self._contender, self._threads = contender, threads
         self._log = (LOGS / f"engine-{name}.log").open("w")
-        own_path = {"PYTHONPATH": str(ROOT / "src")} if contender.system == "kvarn" else {}
+        ours = OURS if contender.system == "kvarn" else {}
         self._process = subprocess.Popen(
             [str(peers.python_of(contender.system)), "-m", f"benchmarks.adapters.{contender.system}"],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | own_path,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | ours,
             start_new_session=True,
         )  # fmt: skip
         self._timer = threading.Timer(limit, peers.stop_group, [self._process])

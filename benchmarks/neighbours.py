@@ -25,7 +25,7 @@ from benchmarks.results import Results
 
 from kvarn.bench.offline import decode_rate, random_prompts
 
-NAMES = ("kvarn-bf16", "kvarn-int8", "vllm-bf16", "openvino-4bit", "onnx-4bit", "llamacpp-bf16")
+NAMES = ("kvarn-bf16", "kvarn-int4", "vllm-bf16", "openvino-4bit", "onnx-4bit", "llamacpp-bf16")
 BATCHES = (1, 16)
 INPUT_TOKENS, OUTPUT_TOKENS = 16, 48
 PATIENCE = 15.0

@@ -32,7 +32,7 @@ from kvarn.errors import KvarnError
 from kvarn.simulation.report import summarize
 from kvarn.simulation.workloads import Burst, Fixed, RequestSpec, synthesize
 
-PRECISIONS = ("bfloat16", "int8")
+PRECISIONS = ("bfloat16", "int4")
 POOL_MIB = 128
 FILLING = (24, 512, 8)
 """Requests, tokens in, tokens out: more than the pool holds, also with a cache of 8 bits."""
