@@ -61,6 +61,7 @@ LONG_CONTEXT = {
     "kvarn-int4": Contender(
         "kvarn", "4-bit", "kvarn int4, int8 KV", settings={"precision": "int4", "kv_dtype": "int8"}
     ),
+    "kvarn-auto": Contender("kvarn", "auto", "kvarn, defaults"),
     "vllm-bf16": Contender("vllm", "bf16", "vLLM (CPU) bf16, bf16 KV", settings={"context": 8192}),
     "openvino-4bit": Contender("openvino", "4-bit", "OpenVINO GenAI Q4_1, u8 KV", "q4_1", {"share_prefixes": True}),
     "llamacpp-f16kv": Contender(
