@@ -44,7 +44,7 @@ def engine_settings(**wanted: str) -> dict[str, Any]:
         wanted["speculation"] = "off"
     if missing := set(wanted) - set(fields):
         raise KvarnError(f"this version of kvarn has no setting {', '.join(sorted(missing))}")
-    return {"model": "smollm2", **wanted}
+    return {"model": "smollm2", "speculation": "off", **wanted}
 
 
 if __name__ == "__main__":
