@@ -73,6 +73,15 @@ def test_cached_prefix_is_not_computed_again():
     assert engine.executor.computed_tokens - before == 1 + 2
 
 
+def test_equal_prompts_that_arrive_together_are_computed_once():
+    engine = make_engine(token_budget=100)
+    prompt = _prompt(33, 0)
+    for i in range(4):
+        engine.add(make_request(f"r{i}", prompt, 3))
+    assert run(engine) == {f"r{i}": continuation(prompt, 3) for i in range(4)}
+    assert engine.executor.computed_tokens == 33 + 3 * 1 + 4 * 2
+
+
 def test_tenants_do_not_share_prefixes():
     engine = make_engine(token_budget=100)
     prompt = _prompt(33, 0)

@@ -44,11 +44,13 @@ def decide(
     budget: int = 16,
     hit: Hit = Hit(),
     policy: FirstComeFirstServed = FirstComeFirstServed(),
+    shared: frozenset[tuple[str, str]] = frozenset(),
 ) -> Decision:
     held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
-        waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__
-    )
+        waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__,
+        shares_prefix=lambda id, other, tokens: (id, other) in shared,
+    )  # fmt: skip
     return policy.decide(snapshot, 0.0)
 
 
@@ -86,6 +88,17 @@ def test_newcomer_waits_while_admitted_prompts_still_need_their_blocks():
     assert grants(decision) == {"chunked": 12}
     roomy = decide([View("new", 4, arrival=1.0)], [chunked], available=10, budget=36)
     assert grants(roomy) == {"chunked": 32, "new": 4}
+
+
+def test_a_prompt_that_is_being_computed_for_another_is_not_computed_twice():
+    same = frozenset({("twin", "first")})
+    queue = [View("first", 8), View("twin", 8, arrival=1.0), View("other", 4, arrival=2.0)]
+    assert grants(decide(queue, [], available=20, shared=same)) == {"first": 8, "other": 4}
+    chunked = View("first", 30, 8, 2)
+    assert grants(decide(queue[1:], [chunked], available=20, budget=40, shared=same)) == {"first": 22, "other": 4}
+    assert grants(decide(queue[1:], [decoding("first", 9)], available=20, shared=same)) == {
+        "first": 1, "twin": 8, "other": 4,
+    }  # fmt: skip
 
 
 def test_latest_arrival_is_preempted_for_an_earlier_one():

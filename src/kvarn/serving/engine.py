@@ -277,6 +277,9 @@ class Engine:
             max_running=self.max_running,
             prefix_hit=lambda id: self.cache.lookup(self._requests[id]),
             reclaimable_blocks=lambda id: self.cache.reclaimable(self._requests[id]),
+            shares_prefix=lambda id, other, tokens: self.cache.shares_prefix(
+                self._requests[id], self._requests[other], tokens
+            ),
         )
 
     def _waiting_index(self, request: Request) -> int:

@@ -44,6 +44,12 @@ class KVCache:
         idle = sum(self.pool.references(entry.block) == 0 for entry in entries)
         return PrefixHit(len(entries) * self.block_size, idle)
 
+    def shares_prefix(self, request: Request, other: Request, tokens: int) -> bool:
+        """Whether the blocks of the first `tokens` tokens of two requests will be the same. Looks at hashes alone."""
+        last = self.blocks_for(tokens) - 1  # the hash of a block covers all before it
+        known = min(len(request.block_hashes), len(other.block_hashes))
+        return self.share_prefixes and last < known and request.block_hashes[last] == other.block_hashes[last]
+
     def admit(self, request: Request) -> None:
         """Give a request that holds nothing the blocks of its cached prefix."""
         entries = self._match(request)

@@ -3,8 +3,8 @@
 Every step first continues what runs: decode rows before prefill chunks, so a long prompt never stalls the
 readers of others; a prefill budget bounds how much longer a step gets for them. What is left of the budget
 admits waiting requests in order of priority, then arrival, while the blocks for the whole of their known
-tokens are there. When a running request finds no block, the one that came last gives up its blocks and is
-recomputed later.
+tokens are there; one whose prompt is mostly being computed for another lets that one finish first. When a running
+request finds no block, the one that came last gives up its blocks and is recomputed later.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ class FirstComeFirstServed:
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         step = _Step(snapshot)
         prefilling = step.continue_decoding()
+        step.computing = [request.id for request in prefilling]
         if step.grants and self.prefill_budget is not None:
             step.budget = min(step.budget, self.prefill_budget)
         for request in prefilling:
             step.continue_running(request)
         if not step.preempted:
             for request in snapshot.waiting:
-                if not step.admit(request, self.headroom_blocks):
+                if step.is_full:
+                    break
+                if not step.is_coming(request) and not step.admit(request, self.headroom_blocks):
                     break
         return Decision(tuple(step.preempted), tuple(step.grants))
 
@@ -51,6 +54,8 @@ class _Step:
         self.grants: list[Grant] = []
         self.preempted: dict[str, None] = {}
         self.served: set[str] = set()
+        self.computing: list[str] = []
+        """Requests whose prompts are being computed."""
         self.running = sorted(snapshot.running, key=attrgetter("priority", "arrival"))
         self.num_running = len(self.running)
 
@@ -94,10 +99,20 @@ class _Step:
             request.num_computed + tokens
         )
 
+    @property
+    def is_full(self) -> bool:
+        return self.num_running >= self.snapshot.max_running or self.budget == 0
+
+    def is_coming(self, request: RequestView) -> bool:
+        """Whether half or more of what a waiting request lacks is being computed for another one."""
+        if not self.computing:
+            return False
+        hit = self.snapshot.prefix_hit(request.id).tokens
+        half = request.num_tokens - (request.num_tokens - hit) // 2
+        return any(self.snapshot.shares_prefix(request.id, other, half) for other in self.computing)
+
     def admit(self, request: RequestView, headroom_blocks: int) -> bool:
         """Grant the first tokens of a waiting request; False when it, and so all behind it, must wait."""
-        if self.num_running >= self.snapshot.max_running or self.budget == 0:
-            return False
         hit = self.snapshot.prefix_hit(request.id)
         whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
         spare = self.available - self.promised - hit.idle_blocks
@@ -108,6 +123,7 @@ class _Step:
         first = self.snapshot.blocks_for(hit.tokens + tokens) - hit.tokens // self.snapshot.block_size
         self.promised += whole - first
         self._grant(request.id, tokens, first + hit.idle_blocks)
+        self.computing.append(request.id)
         self.num_running += 1
         return True
 

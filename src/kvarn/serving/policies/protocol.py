@@ -58,6 +58,9 @@ class Snapshot:
     reclaimable_blocks: Callable[[str], int]
     """Blocks that preempting the running request of this id makes available."""
 
+    shares_prefix: Callable[[str, str, int], bool]
+    """Whether so many first tokens of the waiting request (first id) will be cached once the other's are computed."""
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
