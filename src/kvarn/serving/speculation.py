@@ -25,6 +25,8 @@ _FADE = 0.9
 """Weight of an outcome after the next one."""
 _CLASSES = ((5, 0.35), (9, 0.6), (_LONGEST_MATCH + 1, 0.85))
 """(matches shorter than this, chance that their next token comes true before anything is known of the request)."""
+_MARGIN = 1.3
+"""A row must be worth this many times its cost: both are estimates from few steps."""
 _PRIOR_WEIGHT = 3.0
 """Outcomes that such a first guess counts for."""
 
@@ -171,7 +173,7 @@ class Speculator:
 
     def drafts(self, requests: list[Request], budget: int) -> list[list[int]]:
         """Tokens to draft for each request that decodes, `budget` at most in all; most are empty."""
-        least_chance = self.cost.least_chance if self.only_where_it_pays else 0.0
+        least_chance = _MARGIN * self.cost.least_chance if self.only_where_it_pays else 0.0
         drafts = []
         for request in requests:
             # The token sampled after the last draft must still be one that was asked for.
