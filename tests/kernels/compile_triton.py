@@ -53,15 +53,22 @@ def report(architecture: int) -> None:
     JITFunction.run = compile_only
     try:
         launch_all(torch.bfloat16)
-        launch_attention(torch.float32)
+        launch_attention(torch.bfloat16, torch.uint8)
+        launch_attention(torch.float32, torch.float32)
     finally:
         JITFunction.run = launch
 
 
-def launch_attention(dtype: torch.dtype) -> None:
+def empty_cache(dtype: torch.dtype) -> torch.Tensor:
+    """16 blocks of 16 slots of 8 heads of 128; an int8 cache for uint8."""
+    shape = (16, 2, 8, 16 * 132) if dtype == torch.uint8 else (16, 2, 8, 16, 128)
+    return torch.empty(shape, dtype=dtype)
+
+
+def launch_attention(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Decode over several shares, then a prompt with everything that attention can do. Llama-3-8B's shapes."""
-    heads, kv_heads, dim, tokens = 32, 8, 128, 512
-    kv = torch.empty(16, 2, kv_heads, 16, dim, dtype=dtype)
+    heads, dim, tokens = 32, 128, 512
+    kv = empty_cache(kv_dtype)
     positions, rows = torch.empty(16, 16, dtype=torch.int32), torch.empty(tokens, dtype=torch.int32)
     query = torch.empty(tokens, heads, dim, dtype=dtype)
     for sequences, options in ((tokens, {}), (1, {"window": 64, "softcap": 20.0, "sinks": torch.empty(heads)})):
@@ -73,16 +80,17 @@ def launch_attention(dtype: torch.dtype) -> None:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    launch_attention(dtype)
+    launch_attention(dtype, dtype)
     kv_heads, dim, tokens = 8, 128, 512
-    kv = torch.empty(16, 2, kv_heads, 16, dim, dtype=dtype)
     x, rows = torch.empty(tokens, 4096, dtype=dtype), torch.empty(tokens, dtype=torch.int32)
     query, key = torch.empty(tokens, 32, dim, dtype=dtype), torch.empty(tokens, kv_heads, dim, dtype=dtype)
     rowwise.rms_norm(x, x[0], 1e-5)
     rowwise.add_rms_norm(x, x, x[0], 1e-5)
     rowwise.silu_mul(x)
-    rowwise.rope_and_cache(query, key, key, torch.empty(100, dim), rows, kv, rows)
-    rowwise.write_cache(key, key, kv, rows)
+    for kv_dtype in (dtype, torch.uint8):
+        kv = empty_cache(kv_dtype)
+        rowwise.rope_and_cache(query, key, key, torch.empty(100, dim), rows, kv, rows)
+        rowwise.write_cache(key, key, kv, rows)
     weight = torch.zeros(64, 4096)
     for bits, packed in ((8, quantized.pack_int8(weight)), (4, quantized.pack_int4(quantized.quantize_int4(weight)))):
         for count in (64, 65):

@@ -28,22 +28,23 @@ def assert_like_reference(case: PagedCase) -> None:
     torch.testing.assert_close(got.cpu().float(), expected, **TOLERANCE[got.dtype])
 
 
-@given(case=paged_cases(most_sequences=2, most_rows=20))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=paged_cases(most_sequences=2, most_rows=20, int8=True))
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_equals_reference(case: PagedCase) -> None:
-    """Whatever the shapes, strides, dtype, holes, order of slots, window, cap and sinks."""
+    """Whatever the shapes, strides, dtype, holes, order of slots, window, cap and sinks, plain or int8 cache."""
     assert_like_reference(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("options", [{}, {"window": 200, "softcap": 20.0, "sinks": True}])
-def test_long_contexts_cut_into_shares_equal_reference(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_long_contexts_cut_into_shares_equal_reference(options: dict[str, Any], int8: bool, dtype: torch.dtype) -> None:
     sequences = [Sequence(900, 1), Sequence(30, 1), Sequence(0, 1)]
     assert triton_attention._count_shares(4, 900, torch.device("cpu")) > 1
     assert_like_reference(
         make_case(
             sequences, dtype=dtype, kv_heads=1, group=3, head_dim=64, block_size=16, holes=0.05, permuted=True,
-            fused=True, seed=3, options=options,
+            fused=True, seed=3, options=options, int8=int8,
         )
     )  # fmt: skip
 

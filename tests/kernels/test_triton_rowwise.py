@@ -62,12 +62,12 @@ def test_silu_mul_of_extreme_gates() -> None:
 @given(
     rows=st.integers(0, 12), kv_heads=st.sampled_from([1, 3, 9]), group=st.integers(1, 4), eighths=st.integers(1, 20),
     share=st.sampled_from([0.0, 0.25, 0.5, 1.0]), block_size=st.integers(1, 20), dtype=dtypes, seed=seeds,
-    heads_first=st.booleans(),
+    heads_first=st.booleans(), int8=st.booleans(),
 )  # fmt: skip
 @few
 def test_rope_and_cache_equals_reference(
     rows: int, kv_heads: int, group: int, eighths: int, share: float, block_size: int, dtype: torch.dtype, seed: int,
-    heads_first: bool,
+    heads_first: bool, int8: bool,
 ) -> None:  # fmt: skip
     """For `share` zero: write_cache, which turns nothing."""
     dim, heads = 8 * eighths, kv_heads * group
@@ -78,6 +78,8 @@ def test_rope_and_cache_equals_reference(
         qkv = random(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=seed).unflatten(1, (-1, dim))
     num_blocks = rows // block_size + 2
     pages = random(num_blocks, 2, 2, kv_heads, block_size, dim, dtype=dtype, seed=seed + 1)
+    if int8:
+        pages = torch.zeros(num_blocks, 2, 2, kv_heads, block_size * (dim + 4), dtype=torch.uint8)
     angles = torch.rand(30, max(2, int(dim * share) // 2 * 2) // 2, generator=g) * 6
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     positions = torch.randint(0, 30, (rows,), generator=g, dtype=torch.int32)
@@ -92,5 +94,13 @@ def test_rope_and_cache_equals_reference(
             kernels.write_cache(key, value, kv[:, 1], there(slots))
         return mine, kv
 
-    for got, expected in zip(run(rowwise, there), run(reference, lambda tensor: tensor), strict=True):
-        assert_close(got, expected)
+    (got_qkv, got_kv), (qkv_after, kv_after) = run(rowwise, there), run(reference, lambda tensor: tensor)
+    assert_close(got_qkv, qkv_after)
+    if not int8:
+        assert_close(got_kv, kv_after)
+        return
+    assert not got_kv[:, 0].any()
+    codes, scales = reference.quantised_kv(got_kv.cpu()[:, 1], dim)
+    expected_codes, expected_scales = reference.quantised_kv(kv_after[:, 1], dim)
+    torch.testing.assert_close(scales, expected_scales, atol=0.0, rtol=TOLERANCE[dtype]["rtol"])
+    assert int((codes.int() - expected_codes.int()).abs().max()) <= (1 if dtype == torch.float32 else 2)

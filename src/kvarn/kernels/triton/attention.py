@@ -28,13 +28,13 @@ _PROGRAMS_PER_PROCESSOR = 2
 
 @triton.jit(do_not_specialize=["sequences", "table_width", "window"])
 def _attend(
-    query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, sinks, out, part_max, part_sum,
-    scale, softcap, window, sequences, table_width, total_rows,
+    query, kv, kv_scales, slot_positions, block_tables, kv_slots, query_starts, positions, sinks,
+    out, part_max, part_sum, scale, softcap, window, sequences, table_width, total_rows,
     query_row, query_head, kv_block,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SCAN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TRIM: tl.constexpr, SHARED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
@@ -90,8 +90,10 @@ def _attend(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    head_keys = kv + kv_head.to(tl.int64) * BLOCK_SIZE * HEAD_DIM
-    head_values = head_keys + KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    head_keys = kv + kv_head.to(tl.int64) * HEAD_SIZE
+    head_values = head_keys + KV_HEADS * HEAD_SIZE
+    # An int8 cache has the float32 scales of a block and head behind its rows.
+    head_scales = kv_scales + (kv_head * HEAD_SIZE + BLOCK_SIZE * HEAD_DIM) // 4
     for at in range(begin, stop, BLOCK_N):
         slot = at + tl.arange(0, BLOCK_N)
         inside = slot < stop
@@ -101,7 +103,13 @@ def _attend(
         place = block * kv_block + offset * HEAD_DIM
         k = tl.load(head_keys + place[None, :] + d[:, None], mask=inside[None, :] & in_dim[:, None], other=0.0)
         v = tl.load(head_values + place[:, None] + d[None, :], mask=inside[:, None] & in_dim[None, :], other=0.0)
+        if INT8:
+            k = k.to(tl.float32).to(q.dtype)
+            v = v.to(tl.float32).to(q.dtype)
         logits = dot(q, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale
+        if INT8:
+            scales = head_scales + block * (kv_block // 4) + offset
+            logits *= tl.load(scales, mask=inside, other=0.0)[None, :]
         if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities
             logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634) / softcap) + 1.0))
         visible = (held >= 0)[None, :] & (held[None, :] <= position[:, None])
@@ -109,12 +117,16 @@ def _attend(
             visible = visible & (position[:, None] - held[None, :] < window)
         logits = tl.where(visible, logits * 1.4426950408889634, float("-inf"))
         # A slot nobody sees may hold anything, even NaN, which a weight of zero does not silence.
-        v = tl.where((tl.max(visible.to(tl.int32), axis=0) > 0)[:, None], v, 0.0)
+        someone_sees = tl.max(visible.to(tl.int32), axis=0) > 0
+        v = tl.where(someone_sees[:, None], v, 0.0)
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(logits - shift[:, None])
         shrink = tl.exp2(maximum - shift)
         total = total * shrink + tl.sum(weights, axis=1)
+        if INT8:
+            value_scales = tl.load(scales + KV_HEADS * HEAD_SIZE // 4, mask=inside & someone_sees, other=0.0)
+            weights *= value_scales[None, :]
         weighted = dot(weights.to(v.dtype), v, weighted * shrink[:, None], PRECISION)
         maximum = new_maximum
 
@@ -189,6 +201,8 @@ def paged_attention(
     if not rows:
         return out
     wide = query.dtype == torch.float32
+    is_int8 = kv.dtype == torch.uint8
+    pages, scales = (kv.view(torch.int8), kv.view(torch.float32)) if is_int8 else (kv, kv)
     block_d = max(16, triton.next_power_of_2(head_dim))
     # Few rows a sequence (decode): the smallest tile that tensor cores take. Otherwise one that a prompt fills.
     lanes = 16 if rows * group <= 16 * sequences or wide or block_d > 128 else 64
@@ -200,14 +214,16 @@ def paged_attention(
     parts = torch.empty(shares, rows, heads, head_dim, dtype=torch.float32, device=query.device) if shares > 1 else out
     part_max, part_sum = torch.empty(2, shares, rows, heads, dtype=torch.float32, device=query.device)
     _attend[(tiles, kv_heads, shares)](
-        query, kv, slot_positions, block_tables.contiguous(), kv_slots, query_starts, positions,
+        query, pages, scales, slot_positions, block_tables.contiguous(), kv_slots, query_starts, positions,
         part_max if sinks is None else sinks, parts, part_max, part_sum,
         scale, softcap, window, sequences, table_width, rows,
         query.stride(0), query.stride(1), kv.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=tile_rows,
         BLOCK_M=lanes, BLOCK_N=slots, BLOCK_D=block_d, BLOCK_S=max(64, triton.next_power_of_2(sequences)), SCAN=1024,
         WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        TRIM=window > 0 or rows > sequences, SHARED=shares > 1, PRECISION="ieee" if wide else "tf32",
+        TRIM=window > 0 or rows > sequences, SHARED=shares > 1,
+        HEAD_SIZE=block_size * (head_dim + 4 if is_int8 else head_dim), INT8=is_int8,
+        PRECISION="ieee" if wide else "tf32",
         num_warps=4, num_stages=2 if wide or block_d > 128 else 3,
     )  # fmt: skip
     if shares > 1:

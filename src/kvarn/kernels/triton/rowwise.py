@@ -78,12 +78,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def _nearest(x):
+    """Rounded to the nearest integer, of two the even one: numbers this large have no room for fractions."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _steps_per_unit(largest):
+    """127 steps for the largest magnitude of a row."""
+    return tl.where(largest > 1e-30, 127.0 / tl.maximum(largest, 1e-30), 0.0)[:, None]
+
+
+@triton.jit
 def _rope_and_cache(
-    query, key, value, cos_sin, positions, kv, slots,
+    query, key, value, cos_sin, positions, kv, kv_scales, slots,
     query_row, query_head, key_row, key_head, value_row, value_head, kv_block,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERY_PARTS: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, HEAD_SIZE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = ROTARY // 2
@@ -107,22 +119,48 @@ def _rope_and_cache(
         here = (head < KV_HEADS)[:, None]
         slot = tl.load(slots + row).to(tl.int64)
         page = kv + slot // BLOCK_SIZE * kv_block + (slot % BLOCK_SIZE) * HEAD_DIM
-        target = page + head[:, None] * (BLOCK_SIZE * HEAD_DIM)
+        target = page + head[:, None] * HEAD_SIZE
+        largest = tl.zeros([BLOCK_HEADS], tl.float32)
         if ROTARY > 0:
             halves = here & turned[None, :]
             source = key + row * key_row + head[:, None] * key_head + i[None, :]
             a = tl.load(source, mask=halves, other=0.0).to(tl.float32)
             b = tl.load(source + half, mask=halves, other=0.0).to(tl.float32)
-            tl.store(target + i[None, :], (a * cos - b * sin).to(kv.dtype.element_ty), mask=halves)
-            tl.store(target + i[None, :] + half, (b * cos + a * sin).to(kv.dtype.element_ty), mask=halves)
+            first = (a * cos - b * sin).to(key.dtype.element_ty)
+            second = (b * cos + a * sin).to(key.dtype.element_ty)
+            if INT8:
+                first = first.to(tl.float32)
+                second = second.to(tl.float32)
+                largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
         d = tl.arange(0, BLOCK_D)[None, :]
         if ROTARY < HEAD_DIM:
             tail = here & (d >= ROTARY) & (d < HEAD_DIM)
             rest = tl.load(key + row * key_row + head[:, None] * key_head + d, mask=tail, other=0.0)
-            tl.store(target + d, rest, mask=tail)
+            if INT8:
+                rest = rest.to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(rest), axis=1))
         whole = here & (d < HEAD_DIM)
         held = tl.load(value + row * value_row + head[:, None] * value_head + d, mask=whole, other=0.0)
-        tl.store(target + KV_HEADS * BLOCK_SIZE * HEAD_DIM + d, held, mask=whole)
+        if INT8:  # behind the rows of a block and head lie their float32 scales
+            scales = kv_scales + slot // BLOCK_SIZE * (kv_block // 4) + slot % BLOCK_SIZE
+            scales += (head * HEAD_SIZE + BLOCK_SIZE * HEAD_DIM) // 4
+            tl.store(scales, largest / 127.0, mask=head < KV_HEADS)
+            steps = _steps_per_unit(largest)
+            if ROTARY > 0:
+                first = _nearest(first * steps)
+                second = _nearest(second * steps)
+            if ROTARY < HEAD_DIM:
+                rest = _nearest(rest * steps)
+            held = held.to(tl.float32)
+            value_largest = tl.max(tl.abs(held), axis=1)
+            tl.store(scales + KV_HEADS * HEAD_SIZE // 4, value_largest / 127.0, mask=head < KV_HEADS)
+            held = _nearest(held * _steps_per_unit(value_largest))
+        if ROTARY > 0:
+            tl.store(target + i[None, :], first.to(kv.dtype.element_ty), mask=halves)
+            tl.store(target + i[None, :] + half, second.to(kv.dtype.element_ty), mask=halves)
+        if ROTARY < HEAD_DIM:
+            tl.store(target + d, rest.to(kv.dtype.element_ty), mask=tail)
+        tl.store(target + KV_HEADS * HEAD_SIZE + d, held.to(kv.dtype.element_ty), mask=whole)
 
 
 def rope_and_cache(
@@ -146,13 +184,18 @@ def _write(
     heads = 0 if query is None else query.shape[1]
     rotary = 0 if cos_sin is None else cos_sin.shape[1]
     turned = key if query is None else query
+    is_int8 = kv.dtype == torch.uint8
+    row_elements = head_dim + 4 if is_int8 else head_dim
+    block_size = kv[0, 0, 0].numel() // row_elements
+    pages, scales = (kv.view(torch.int8), kv.view(torch.float32)) if is_int8 else (kv, kv)
     block_heads = min(8, triton.next_power_of_2(max(heads, kv_heads)))
     query_parts = triton.cdiv(heads, block_heads)
     _rope_and_cache[(rows, query_parts + triton.cdiv(kv_heads, block_heads))](
-        turned, key, value, key if cos_sin is None else cos_sin, positions, kv, slots,
+        turned, key, value, key if cos_sin is None else cos_sin, positions, pages, scales, slots,
         turned.stride(0), turned.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv.stride(0),
-        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTARY=rotary, BLOCK_SIZE=kv.shape[3],
+        HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTARY=rotary, BLOCK_SIZE=block_size,
         BLOCK_HEADS=block_heads, BLOCK_HALF=triton.next_power_of_2(max(1, rotary // 2)),
-        BLOCK_D=triton.next_power_of_2(head_dim), QUERY_PARTS=query_parts, num_warps=2,
+        BLOCK_D=triton.next_power_of_2(head_dim), QUERY_PARTS=query_parts,
+        HEAD_SIZE=block_size * row_elements, INT8=is_int8, num_warps=2,
     )  # fmt: skip
