@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 
 from kvarn.errors import CapacityError
+from kvarn.kernels import ops
 from kvarn.models.spec import Decoder, ForwardBatch, KVMemory, ModelSpec
 from kvarn.serving.batch import Batch, SampledToken
 from kvarn.serving.executors.cuda_graphs import CudaGraphs, DeviceForward, spare_blocks
@@ -60,7 +61,8 @@ class TorchExecutor:
         self._spare_blocks = spare_blocks(self.block_size, device)
         self._forward = self._forward_at_once
         if device.type == "cuda":
-            capture = CudaGraphs() if cuda_graphs and decoder.capturable else None
+            # The reference kernels, which run where there is no Triton, wait for the device.
+            capture = CudaGraphs() if cuda_graphs and decoder.capturable and ops.has_triton() else None
             launcher = DeviceForward(decoder, kv, **limits, num_spare_blocks=self._spare_blocks, capture=capture)
             self._forward = launcher.run
             device = torch.device("cpu")  # the launcher sends a batch to its device
