@@ -10,13 +10,16 @@ from kvarn.models.spec import Decoder, ForwardBatch, KVMemory
 class PagedRunner:
     """Runs sequences through a decoder. Blocks are dealt in shuffled order, so that nothing can rely on neighbours."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int = 256, block_size: int = 16) -> None:
+    def __init__(
+        self, decoder: Decoder, num_blocks: int = 256, block_size: int = 16, kv_dtype: torch.dtype | None = None
+    ) -> None:
         spec = decoder.spec
         self.decoder = decoder
         self.block_size = block_size
-        shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
+        shape, dtype = spec.kv_block(block_size, kv_dtype or spec.dtype)
         self.kv = KVMemory(
-            torch.full(shape, 99.0, dtype=spec.dtype), torch.full((num_blocks, block_size), -1, dtype=torch.int32)
+            torch.full((num_blocks, *shape), 99, dtype=dtype),
+            torch.full((num_blocks, block_size), -1, dtype=torch.int32),
         )
         generator = torch.Generator().manual_seed(7)
         self.free = torch.randperm(num_blocks, generator=generator).tolist()

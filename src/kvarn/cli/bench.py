@@ -19,7 +19,7 @@ from kvarn.bench import client, offline
 from kvarn.bench.http import Endpoint
 from kvarn.bench.prompts import PromptMaker, load_tokenizer, single_token_words
 from kvarn.errors import KvarnError
-from kvarn.serving.config import PrecisionChoice
+from kvarn.serving.config import KVDType, PrecisionChoice
 from kvarn.simulation import plots, traces, workloads
 from kvarn.simulation.report import Report, RequestRecord, Slo, render, summarize
 from kvarn.simulation.workloads import RequestSpec
@@ -198,6 +198,7 @@ def bench_offline(
     precision: Annotated[
         PrecisionChoice, typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.")
     ] = "auto",
+    kv_dtype: Annotated[KVDType, typer.Option(help="Of cached keys and values: auto, bfloat16 or int8.")] = "auto",
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help=_BATCH_HELP)] = None,
     input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length for decode.")] = 128,
     output_tokens: Annotated[int, typer.Option(min=2, help="Output length for decode.")] = 128,
@@ -212,13 +213,13 @@ def bench_offline(
     workload = offline.Workload(batches, input_tokens, output_tokens, prefills, repeats, seed)
     with _progress() as progress:
         task = progress.add_task("loading", total=len(batches) + len(prefills))
-        generate, load_seconds = offline.kvarn_engine(model, precision)
+        generate, load_seconds = offline.kvarn_engine(model, precision, kv_dtype=kv_dtype)
         progress.update(task, description="measuring")
         readings = offline.measure(generate, workload, on_reading=lambda reading: progress.advance(task))
     if as_json:
         rows = [reading.to_json() for reading in readings]
-        typer.echo(json.dumps({"model": model, "precision": precision, "load_seconds": load_seconds,
-                               "conditions": asdict(workload), "readings": rows}))  # fmt: skip
+        result = {"model": model, "precision": precision, "kv_dtype": kv_dtype, "load_seconds": load_seconds}
+        typer.echo(json.dumps(result | {"conditions": asdict(workload), "readings": rows}))
         return
     table = Table(
         "", "tokens/s", "repeats", title=f"{model} {precision}, loaded in {load_seconds:.1f} s", title_justify="left"

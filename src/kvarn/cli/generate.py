@@ -13,7 +13,7 @@ from rich.console import Console
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
-from kvarn.serving.config import PrecisionChoice
+from kvarn.serving.config import KVDType, PrecisionChoice
 
 if TYPE_CHECKING:
     from kvarn.models.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ def generate(
     precision: Annotated[
         PrecisionChoice, typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.")
     ] = "auto",
+    kv_dtype: Annotated[KVDType, typer.Option(help="Of cached keys and values: auto, bfloat16 or int8.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     kv_memory: Annotated[str, typer.Option(help="Memory of the KV cache, such as 2GiB.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
@@ -49,7 +50,7 @@ def generate(
     texts = _prompts(prompt, file)
     with LoadingDisplay(Console(stderr=True), quiet=as_json) as display:
         engine = OfflineEngine.load(
-            model, progress=display.update, precision=precision, device=device,
+            model, progress=display.update, precision=precision, kv_dtype=kv_dtype, device=device,
             kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
         )  # fmt: skip
     tokenizer = Tokenizer.load(engine.folder)

@@ -14,7 +14,7 @@ from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import EngineConfig, PolicyName, PrecisionChoice, Speculation
+from kvarn.serving.config import EngineConfig, KVDType, PolicyName, PrecisionChoice, Speculation
 
 _ENGINE, _LIMITS, _SERVER = "Engine", "Limits", "Server"
 
@@ -50,6 +50,9 @@ def serve(
     precision: Annotated[
         PrecisionChoice,
         typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.", rich_help_panel=_ENGINE),
+    ] = "auto",
+    kv_dtype: Annotated[
+        KVDType, typer.Option(help="Of cached keys and values: auto, bfloat16 or int8.", rich_help_panel=_ENGINE)
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=_ENGINE)] = "cpu",
     policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
@@ -101,8 +104,8 @@ def serve(
 
     config = ServerConfig(
         engine=EngineConfig(
-            model=model, precision=precision, device=device, policy=policy, max_context=max_context,
-            max_running=max_running,
+            model=model, precision=precision, kv_dtype=kv_dtype, device=device, policy=policy,
+            max_context=max_context, max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
             speculation=speculation, draft_tokens=draft_tokens,

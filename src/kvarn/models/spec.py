@@ -30,14 +30,24 @@ class ModelSpec:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Of a KV cache that is not quantised."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def kv_block(self, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and element type of one block of KV memory that holds keys and values as `dtype`; see KVMemory."""
+        heads = (self.num_layers, 2, self.num_kv_heads)
+        if dtype == torch.int8:
+            return (*heads, block_size * (self.head_dim + 4)), torch.uint8
+        return (*heads, block_size, self.head_dim), dtype
 
 
 @dataclass(slots=True)
 class KVMemory:
     """The KV pool's memory on one device, page-major: all layers' K and V of one block are contiguous.
 
-    pages           [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+    pages           [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], or of an int8 cache
+                    [num_blocks, num_layers, 2, num_kv_heads, block_size * (head_dim + 4)] uint8: int8 rows, then a
+                    float32 scale for each
     slot_positions  [num_blocks, block_size] int32: position of the token in each slot
     """
 
@@ -45,7 +55,7 @@ class KVMemory:
     slot_positions: torch.Tensor
 
     def layer(self, index: int) -> torch.Tensor:
-        """[num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
+        """[num_blocks, 2, num_kv_heads, ...], a view: what kernels/ops.py calls `kv`."""
         return self.pages[:, index]
 
 

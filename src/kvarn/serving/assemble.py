@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kvarn.errors import CapacityError, ModelError
+from kvarn.errors import CapacityError, KvarnError, ModelError
 from kvarn.models.loader import free_bytes, load_decoder, usable_device
 from kvarn.models.sources import Progress, resolve
 from kvarn.models.spec import ModelSpec
@@ -58,7 +59,9 @@ def load_engine(
     spec = decoder.spec
     max_context = min(config.max_context or spec.max_context, spec.max_context)
     progress("allocating the KV pool", 0.0)
-    kv = allocate_kv(spec, _count_blocks(config, spec, max_context, device), config.block_size, device)
+    kv_dtype = _kv_dtype(config, spec)
+    blocks = _count_blocks(config, spec, max_context, device, kv_dtype)
+    kv = allocate_kv(spec, blocks, config.block_size, device, kv_dtype)
     executor = TorchExecutor(
         decoder,
         kv,
@@ -98,9 +101,24 @@ def _grammars(folder: Path, spec: ModelSpec) -> GrammarFactory | None:
     return GrammarFactory(path, min(spec.eos_tokens, default=0), spec.vocab_size)
 
 
-def _count_blocks(config: EngineConfig, spec: ModelSpec, max_context: int, device: torch.device) -> int:
+def _kv_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    """What keys and values are kept as."""
+    if config.kv_dtype == "int8":
+        return torch.int8
+    if config.kv_dtype == "bfloat16" and spec.dtype != torch.bfloat16:
+        dtype = str(spec.dtype).removeprefix("torch.")
+        raise KvarnError(
+            f"--kv-dtype bfloat16 needs a model that computes in bfloat16, not {dtype}; choose auto or int8"
+        )
+    return spec.dtype
+
+
+def _count_blocks(
+    config: EngineConfig, spec: ModelSpec, max_context: int, device: torch.device, kv_dtype: torch.dtype
+) -> int:
     """Blocks of the KV pool: what was asked for, or a share of what is free."""
-    block_bytes = config.block_size * spec.kv_bytes_per_token
+    shape, element = spec.kv_block(config.block_size, kv_dtype)
+    block_bytes = math.prod(shape) * element.itemsize
     enough = config.max_running * -(-max_context // config.block_size)
     free = free_bytes(device)
     wanted = config.kv_memory_bytes or int(free * _SHARE_OF_FREE_MEMORY)

@@ -10,6 +10,7 @@ from kvarn.errors import KvarnError
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal["fcfs"]
+KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
 
 
@@ -19,6 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str = "smollm2"
     precision: PrecisionChoice = "auto"
     """Of the weights; see `kvarn.models.precision`."""
+    kv_dtype: KVDType = "auto"
+    """Of keys and values in the cache: "auto" is what the model computes in; "int8" halves bfloat16's memory."""
     device: str = "cpu"
     policy: PolicyName = "fcfs"
     max_context: int = 0
@@ -47,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raise KvarnError naming the first setting that cannot work."""
         for field, choices in (
             ("precision", get_args(PrecisionChoice)), ("policy", get_args(PolicyName)),
-            ("speculation", get_args(Speculation)),
+            ("speculation", get_args(Speculation)), ("kv_dtype", get_args(KVDType)),
         ):  # fmt: skip
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")

@@ -5,6 +5,9 @@ Owns the KV memory and the sampler's state.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from time import perf_counter
 
 import torch
@@ -20,17 +23,33 @@ from kvarn.serving.sampling.sampler import Sampler
 from kvarn.serving.sampling.verify import sample_rows
 
 
-def allocate_kv(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device) -> KVMemory:
-    """KV memory for `num_blocks` blocks and the spare ones; CapacityError when the device cannot hold it."""
+def allocate_kv(
+    spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype | None = None
+) -> KVMemory:
+    """KV memory for `num_blocks` blocks and the spare ones; CapacityError when the device cannot hold it.
+
+    `dtype` of keys and values: the model's, the default, or torch.int8.
+    """
     num_blocks += spare_blocks(block_size, device)
-    shape = (num_blocks, spec.num_layers, 2, spec.num_kv_heads, block_size, spec.head_dim)
+    block, element = spec.kv_block(block_size, dtype or spec.dtype)
     try:
-        pages = torch.empty(shape, dtype=spec.dtype, device=device)
-    except (RuntimeError, MemoryError) as error:
-        wanted = num_blocks * block_size * spec.kv_bytes_per_token / 2**20
+        pages = _pages((num_blocks, *block), element, device)
+    except (RuntimeError, MemoryError, OSError) as error:
+        wanted = num_blocks * math.prod(block) * element.itemsize / 2**20
         raise CapacityError(f"cannot allocate {wanted:.0f} MiB for the KV pool: lower --kv-memory ({error})") from error
     positions = torch.full((num_blocks, block_size), -1, dtype=torch.int32, device=device)
     return KVMemory(pages, positions)
+
+
+def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that is zero until written. On Linux in huge pages where it can be: attention reads a few KiB here and
+    there, and with small pages spends much of its time finding out where they are."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 class TorchExecutor:
