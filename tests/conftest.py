@@ -113,3 +113,14 @@ def server() -> Iterator[ServerProcess]:
     """One server for all tests that do it no harm. In float32: near ties must not decide what a test reads."""
     with serve("--kv-memory", "512MiB", "--precision", "float32") as running:
         yield running
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Kernels share their work among three threads during the test."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)

@@ -23,11 +23,3 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     torch.set_num_threads(threads)
     ops.use_native_variant(before)
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(threads)

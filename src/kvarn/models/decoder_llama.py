@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import torch
 
-from kvarn.kernels import ops
+from kvarn.kernels import llama, ops
+from kvarn.kernels.llama import NativeLlama
 from kvarn.models.linear import LinearReader, PackedLinear
 from kvarn.models.rope import SCALINGS, cos_sin_table, rope_parameters
 from kvarn.models.spec import ForwardBatch, KVMemory, ModelSpec
@@ -64,9 +65,15 @@ class LlamaDecoder:
         name = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
         self._head = reader.head(name, (spec.vocab_size, spec.hidden_size))
         self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(reader.device)
+        self._native = self._native_forward()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
+        if self._native is not None:
+            return self._native(
+                batch.tokens, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
+                batch.logit_rows, kv.pages, kv.slot_positions,
+            )  # fmt: skip
         residual = self._embedding[batch.tokens]
         hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
         last = len(self._layers) - 1
@@ -100,6 +107,25 @@ class LlamaDecoder:
             self._scale, layer.window,
         )  # fmt: skip
         return attended.view(-1, heads * width)
+
+    def _native_forward(self) -> NativeLlama | None:
+        """All of `forward` as one native call; None where a layer is not on kvarn's own CPU kernels."""
+        linears = [part for each in self._layers for part in (each.qkv, each.output, each.gate_up, each.down)]
+        if ops.native_kernels() is None or not all(part.is_native for part in (*linears, self._head)):
+            return None
+        layers = [
+            llama.LlamaLayer(
+                each.input_norm, each.query_norm, each.key_norm, each.mlp_norm, each.window,
+                each.qkv.native(), each.output.native(), each.gate_up.native(), each.down.native(),
+            )
+            for each in self._layers
+        ]  # fmt: skip
+        spec = self.spec
+        return NativeLlama(
+            layers, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, eps=self._eps,
+            scale=self._scale, embedding=self._embedding, cos_sin=self._cos_sin, final_norm=self._norm,
+            head=self._head.native(),
+        )  # fmt: skip
 
     def _layer(self, read: LinearReader, index: int, config: dict[str, Any]) -> _Layer:
         spec, prefix = self.spec, f"model.layers.{index}"

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from kvarn.errors import ModelError
 from kvarn.kernels import ops
+from kvarn.kernels.llama import LinearWeights
 from kvarn.kernels.quantized import Int4Weight, pack_int4, pack_int8, quantize_int4
 from kvarn.models.gguf_blocks import Int4Blocks
 from kvarn.models.precision import Precision, compute_dtype
@@ -64,6 +65,16 @@ class PackedLinear:
                 self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
             case _:
                 self.weight = weight
+
+    @property
+    def is_native(self) -> bool:
+        """Whether this runs on kvarn's own CPU kernels."""
+        return self.weight.device.type == "cpu" and self.layout in ("kvarn", "int8", "int4")
+
+    def native(self) -> LinearWeights:
+        """This layer as `kernels.llama` wants it; only if it `is_native`."""
+        bits = {"kvarn": 16, "int8": 8, "int4": 4}[self.layout]
+        return LinearWeights(bits, self.weight, self.bias, self.in_features, self.out_features)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         match self.layout:

@@ -1,0 +1,56 @@
+// A decoder of the Llama family as the native forward pass sees it: plain structs of pointers and sizes that
+// `kernels/llama.py` fills in, eight bytes a field, in this order.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace kvarn {
+
+struct LinearWeights {
+  WeightFormat format;
+  const void* packed;
+  int64_t panel_bytes;
+  const void* bias;  // or null
+  int64_t in_features, out_features;
+};
+
+// Norms are [features] bfloat16.
+struct LlamaLayer {
+  const void* input_norm;
+  const void *query_norm, *key_norm;  // over a head, or both null
+  const void* mlp_norm;
+  int64_t window;  // positions attention looks back, 0 for all
+  LinearWeights qkv, output, gate_up, down;
+};
+
+struct LlamaModel {
+  int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocab;
+  double eps, scale;
+  const void* embedding;  // [vocab, hidden] bfloat16
+  const float* cos_sin;   // [positions, rotary]
+  int64_t positions, rotary;
+  const void* final_norm;
+  LinearWeights head;
+  LlamaLayer layer[];
+};
+
+// T rows of S sequences, R of which want logits; see ops.py.
+struct LlamaBatch {
+  int64_t rows, sequences, logit_count;
+  const int64_t* tokens;     // [T]
+  const int64_t* logit_rows; // [R], rising
+  const int32_t *query_starts, *kv_slots;
+  // What all layers' attention and cache writes have in common; the fields of one layer are filled in on the way.
+  AttentionArgs attention;
+  CacheArgs cache;
+  char* pages;
+  int64_t layer_bytes;  // from one layer's pages to the next
+  float* logits;        // [R, vocab]
+};
+
+// Writes the keys and values of all rows and the logits of those that want them.
+void llama_forward(const LlamaModel& model, LlamaBatch& batch, int64_t threads);
+
+}  // namespace kvarn

@@ -1,0 +1,138 @@
+// kvarn::llama_forward for the CPU: checks a batch against the model's description, then runs the whole forward pass.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "llama.h"
+#include "tensors.h"
+
+namespace kvarn {
+namespace {
+
+static_assert(sizeof(LinearWeights) == 6 * 8 && sizeof(LlamaLayer) == (5 + 4 * 6) * 8 && sizeof(LlamaModel) == 20 * 8,
+              "kernels/llama.py writes eight bytes a field");
+
+template <class T>
+void expect_range(const View& view, int64_t end, const char* what) {
+  const T* values = view.as<T>();
+  for (int64_t i = 0; i < view.size(0); ++i)
+    if (values[i] < 0 || values[i] >= end)
+      view.fail(std::string(what) + " in [0, " + std::to_string(end) + "), got " + std::to_string(values[i]));
+}
+
+void check_tables(const View& block_tables, const View& kv_slots, int64_t block_size, int64_t blocks) {
+  for (int64_t s = 0; s < kv_slots.size(0); ++s) {
+    const int64_t slots = kv_slots.as<int32_t>()[s];
+    if (slots < 0 || slots > block_tables.size(1) * block_size) kv_slots.fail("slots within block_tables' width");
+    const int32_t* table = block_tables.as<int32_t>() + s * block_tables.size(1);
+    for (int64_t i = 0; i * block_size < slots; ++i)
+      if (table[i] < 0 || table[i] >= blocks) block_tables.fail("block ids in [0, " + std::to_string(blocks) + ")");
+  }
+}
+
+void check_starts(const View& query_starts, int64_t rows) {
+  const int32_t* starts = query_starts.as<int32_t>();
+  const int64_t sequences = query_starts.size(0) - 1;
+  if (starts[0] != 0 || starts[sequences] != rows || !std::is_sorted(starts, starts + sequences + 1))
+    query_starts.fail("values rising from 0 to the number of rows, " + std::to_string(rows));
+}
+
+Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Tensor& positions_, const Tensor& slots_,
+                     const Tensor& block_tables_, const Tensor& kv_slots_, const Tensor& query_starts_,
+                     const Tensor& logit_rows_, const Tensor& pages_, const Tensor& slot_positions_) {
+  View description("description", description_), tokens("tokens", tokens_), positions("positions", positions_);
+  View slots("slots", slots_), block_tables("block_tables", block_tables_), kv_slots("kv_slots", kv_slots_);
+  View query_starts("query_starts", query_starts_), logit_rows("logit_rows", logit_rows_), pages("pages", pages_);
+  View slot_positions("slot_positions", slot_positions_);
+  description.expect_dims(1, "[fields] as kernels/llama.py writes them");
+  description.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  const LlamaModel& model = *description.as<const LlamaModel>();
+
+  const int64_t rows = tokens.size(0);
+  pages.expect_contiguous_tail(pages.dims - 1);
+  slot_positions.expect_int32(2, "[N, B]");
+  const int64_t blocks = slot_positions.size(0), block_size = slot_positions.size(1);
+  const bool is_int8 = pages.dtype == aoti_torch_dtype_uint8();
+  pages.expect_dims(is_int8 ? 5 : 6, "[N, layers, 2, Hkv, B, D], or [N, layers, 2, Hkv, B * (D + 4)] of int8");
+  if (!is_int8) pages.expect_dtype(aoti_torch_dtype_bfloat16(), "bfloat16, or uint8");
+  pages.expect_size(0, blocks, "slot_positions' blocks");
+  pages.expect_size(1, model.layers, "the model's layers");
+  pages.expect_size(3, model.kv_heads, "the model's kv heads");
+  pages.expect_size(-1, is_int8 ? block_size * (model.head_dim + 4) : model.head_dim, "the model's head dimension");
+  tokens.expect_dims(1, "[T]");
+  tokens.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  logit_rows.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  positions.expect_int32(1, "[T]");
+  slots.expect_int32(1, "[T]");
+  positions.expect_size(0, rows, "tokens");
+  slots.expect_size(0, rows, "tokens");
+  block_tables.expect_int32(2, "[S, M]");
+  kv_slots.expect_int32(1, "[S]");
+  query_starts.expect_int32(1, "[S + 1]");
+  kv_slots.expect_size(0, block_tables.size(0), "block_tables' sequences");
+  query_starts.expect_size(0, block_tables.size(0) + 1, "block_tables' sequences plus one");
+  expect_range<int64_t>(tokens, model.vocab, "token ids");
+  expect_range<int32_t>(positions, model.positions, "positions");
+  expect_range<int32_t>(slots, blocks * block_size, "slots");
+  expect_range<int64_t>(logit_rows, rows, "rows");
+  check_tables(block_tables, kv_slots, block_size, blocks);
+  check_starts(query_starts, rows);
+
+  LlamaBatch batch{};
+  batch.rows = rows;
+  batch.sequences = kv_slots.size(0);
+  batch.logit_count = logit_rows.size(0);
+  batch.tokens = tokens.as<int64_t>();
+  batch.logit_rows = logit_rows.as<int64_t>();
+  batch.query_starts = query_starts.as<int32_t>();
+  batch.kv_slots = kv_slots.as<int32_t>();
+  AttentionArgs& attention = batch.attention;
+  attention.block_stride = pages.stride(0);
+  attention.value_offset = pages.stride(2);
+  attention.head_stride = pages.stride(3);
+  attention.slot_positions = slot_positions.as<int32_t>();
+  attention.slot_positions_stride = block_size;
+  attention.block_tables = block_tables.as<int32_t>();
+  attention.block_tables_stride = block_tables.size(1);
+  attention.positions = positions.as<int32_t>();
+  attention.query_heads = model.heads;
+  attention.kv_heads = model.kv_heads;
+  attention.group = model.heads / model.kv_heads;
+  attention.head_dim = model.head_dim;
+  attention.block_size = block_size;
+  attention.scale = (float)model.scale;
+  attention.is_bfloat16 = true;
+  attention.is_int8 = is_int8;
+  CacheArgs& cache = batch.cache;
+  cache.cos_sin = model.cos_sin;
+  cache.rotary = model.rotary;
+  cache.positions = positions.as<int32_t>();
+  cache.slots = slots.as<int32_t>();
+  cache.block_stride = pages.stride(0);
+  cache.value_offset = pages.stride(2);
+  cache.head_stride = pages.stride(3);
+  cache.query_heads = model.heads;
+  cache.kv_heads = model.kv_heads;
+  cache.head_dim = model.head_dim;
+  cache.block_size = block_size;
+  cache.is_bfloat16 = true;
+  cache.is_int8 = is_int8;
+  batch.pages = pages.as<char>();
+  batch.layer_bytes = pages.stride(1) * (is_int8 ? 1 : 2);
+  Tensor logits = empty({batch.logit_count, model.vocab}, aoti_torch_dtype_float32());
+  batch.logits = View("logits", logits).as<float>();
+  if (rows > 0) kvarn::llama_forward(model, batch, torch::stable::get_num_threads());
+  return logits;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kvarn, library) {
+  library.def(
+      "llama_forward(Tensor description, Tensor tokens, Tensor positions, Tensor slots, Tensor block_tables, "
+      "Tensor kv_slots, Tensor query_starts, Tensor logit_rows, Tensor(a!) pages, Tensor slot_positions) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(kvarn, CPU, library) { library.impl("llama_forward", TORCH_BOX(&llama_forward)); }
+
+}  // namespace
+}  // namespace kvarn

@@ -1,0 +1,106 @@
+"""A whole Llama-family forward pass on the CPU as one native call, `kvarn::llama_forward`.
+
+One op at a time costs some 10 us of Python and torch for each, 240 times a step; here a step is one call without any
+of it, which also leaves Python's lock to other threads. It computes what the same ops one by one compute, bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """A laid-out linear layer: `ops.pack_linear` (16 bits), `quantized.pack_int8` or `pack_int4`."""
+
+    bits: int
+    packed: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+    def fields(self) -> list[int]:
+        return [self.bits, self.packed.data_ptr(), self.packed[0].nbytes, _pointer(self.bias),
+                self.in_features, self.out_features]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LlamaLayer:
+    """One layer; norms are bfloat16. `window`: positions attention looks back, 0 for all."""
+
+    input_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    mlp_norm: Tensor
+    window: int
+    qkv: LinearWeights
+    output: LinearWeights
+    gate_up: LinearWeights
+    down: LinearWeights
+
+
+class NativeLlama:
+    """The forward pass of a model in bfloat16 activations. Keeps its tensors alive; calls may not overlap."""
+
+    def __init__(
+        self,
+        layers: Sequence[LlamaLayer],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        scale: float,
+        embedding: Tensor,
+        cos_sin: Tensor,
+        final_norm: Tensor,
+        head: LinearWeights,
+    ) -> None:
+        vocab, hidden = embedding.shape
+        fields = [
+            len(layers), hidden, heads, kv_heads, head_dim, layers[0].down.in_features, vocab, _bits(eps), _bits(scale),
+            embedding.data_ptr(), cos_sin.data_ptr(), *cos_sin.shape, final_norm.data_ptr(), *head.fields(),
+        ]  # fmt: skip
+        for layer in layers:
+            norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
+            fields += [*(_pointer(norm) for norm in norms), layer.window]
+            for weights in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                fields += weights.fields()
+        self._description = torch.tensor(fields, dtype=torch.int64)
+        self._kept = (tuple(layers), embedding, cos_sin, final_norm, head)
+        self._forward = torch.ops.kvarn.llama_forward.default
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        block_tables: Tensor,
+        kv_slots: Tensor,
+        query_starts: Tensor,
+        logit_rows: Tensor,
+        pages: Tensor,
+        slot_positions: Tensor,
+    ) -> Tensor:
+        """Writes keys and values into `pages` and returns logits [R, vocabulary] float32.
+
+        Arguments as in `kvarn.models.spec.ForwardBatch` and `KVMemory`, `logit_rows` rising. Raises RuntimeError for
+        what does not fit the model.
+        """
+        return self._forward(  # type: ignore[no-any-return]
+            self._description, tokens, positions, slots, block_tables, kv_slots, query_starts, logit_rows, pages,
+            slot_positions,
+        )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("q", struct.pack("d", value))[0])
