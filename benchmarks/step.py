@@ -9,16 +9,19 @@ Greedy, 128 tokens in, 128 out; only steps in which every sequence decodes are c
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine, render
 from benchmarks.adapters.kvarn import engine_settings
 from benchmarks.results import Results
 
 from kvarn.bench.offline import random_prompts
-from kvarn.serving.offline import OfflineEngine
+from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from kvarn.serving.offline import OfflineEngine
 
 INPUT_TOKENS = OUTPUT_TOKENS = 128
 
@@ -52,6 +55,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.batches, arguments.repeats = [4], 1
+    wait_gently()
+    from kvarn.serving.offline import OfflineEngine  # brings torch
+
     offline = OfflineEngine.load(**engine_settings(precision=arguments.precision))
     decode_seconds(offline, max(arguments.batches), run=-1)  # warm-up
     conditions = {

@@ -11,6 +11,7 @@ from rich.console import Console
 from kvarn import __version__
 from kvarn.cli import bench, chat, generate, model, serve
 from kvarn.errors import KvarnError
+from kvarn.serving.processors import wait_gently
 
 app = typer.Typer(
     name="kvarn",
@@ -45,6 +46,7 @@ def _root(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input or environment, 130 interrupted."""
+    wait_gently()
     try:
         app()
     except KvarnError as error:

@@ -38,13 +38,11 @@ from kvarn.serving.api.messages import (
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
+from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
 
 _log = logging.getLogger(__name__)
 
-_SPIN_COUNT = "2000"
-"""Turns (about 20 us) that a compute thread waits for its peers before it sleeps. OpenMP's default is milliseconds:
-no faster here, and ten times slower as soon as another process wants the core."""
 _STATS_INTERVAL = 0.25
 """Seconds between two EngineStats at least."""
 
@@ -252,8 +250,7 @@ def main() -> int:
     push.connect(arguments.from_engine)
     outbox = Outbox(push)
     started = time.monotonic()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read once, when torch brings its thread pool
+    wait_gently()
     try:
         config = msgspec.json.decode(arguments.config, type=EngineConfig)
         outbox.send(Loading("starting", 0.0))
