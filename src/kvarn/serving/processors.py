@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-
 _SPIN_COUNT = "2000"
 """Turns (about 20 us) that a compute thread waits for its peers before it sleeps. OpenMP's default is milliseconds:
 no faster here, and ten times slower as soon as another process wants the core."""
