@@ -319,31 +319,49 @@ KVARN_INLINE void store_weights(typename Tile::Scalar* row, int64_t column, Floa
   }
 }
 
-// One row of scores (in place, logits in units of log2) becomes unnormalised weights; its maximum and sum move on.
+// 2^x for x <= 0, as exact as weights of this tile are kept.
+template <class Tile>
+KVARN_INLINE Floats exp2_weight(Floats x) {
+#if defined(__AVX512BF16__)
+  if constexpr (Tile::kPerScalar == 2) {
+    const __m512 inside = _mm512_max_ps((__m512)x, _mm512_set1_ps(-160.f));  // not -inf, and 2^-160 is 0
+    const __m512 f = _mm512_reduce_ps(inside, 0);                            // to the nearest integer
+    Floats p = (Floats)f * 0.0551717f + 0.2426111f;                          // within 1.1e-4
+    p = p * (Floats)f + 0.6932610f;
+    p = p * (Floats)f + 0.9999281f;
+    return (Floats)_mm512_scalef_ps((__m512)p, _mm512_sub_ps(inside, f));
+  }
+#endif
+  return exp2(x);
+}
+
+// One row of scores becomes unnormalised weights; its maximum and sum move on.
 template <class T, class K>
 static void softmax_row(const AttentionArgs& args, const Chunk<K>& chunk, int64_t columns, bool masked, int64_t r,
                         float& running_maximum, float& running_total, Tiles<T, K>& t) {
   float* scores = t.scores + r * kChunk;
   int32_t position = t.positions[r];
   int64_t behind = args.window > 0 ? larger(-1, position - args.window) : -1;  // the last position out of sight
+  const bool capped = args.softcap > 0.f;
+  const float to_log2 = capped ? 1.f : args.scale * kLog2e;  // of what is kept as scores
   Floats highest = splat(-kInfinity);
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Floats logits = load(scores + j) * (args.softcap > 0.f ? args.scale / args.softcap : args.scale * kLog2e);
-    if (args.softcap > 0.f) logits = tanh(logits) * (args.softcap * kLog2e);
+    Floats logits = load(scores + j);
+    if (capped) logits = tanh(logits * (args.scale / args.softcap)) * (args.softcap * kLog2e);
     if (masked) {
       Ints at = load_as<Ints>(chunk.positions + j);
       logits = (at <= position) & (at > (int32_t)behind) ? logits : splat(-kInfinity);
     }
-    store(scores + j, logits);
+    if (capped | masked) store(scores + j, logits);
     highest = vmax(highest, logits);
   }
-  float before = running_maximum, after = maximum(highest);
+  float before = running_maximum, after = maximum(highest) * to_log2;
   after = after > before ? after : before;
   bool nothing = after == -kInfinity;
   float shift = nothing ? 0.f : after;
   Floats total{};
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Floats weights = exp2(load(scores + j) - shift);
+    Floats weights = exp2_weight<typename TileOf<T>::type>(load(scores + j) * to_log2 - shift);
     total += weights;
     store_weights<typename TileOf<T>::type>(t.weights + r * kChunk, j, weights);
   }

@@ -5,9 +5,7 @@ Owns the KV memory and the sampler's state.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from time import perf_counter
 
 import torch
@@ -17,6 +15,7 @@ from kvarn.kernels import ops
 from kvarn.models.spec import Decoder, ForwardBatch, KVMemory, ModelSpec
 from kvarn.serving.batch import Batch, SampledToken
 from kvarn.serving.executors.cuda_graphs import CudaGraphs, DeviceForward, spare_blocks
+from kvarn.serving.executors.host_memory import host_pages
 from kvarn.serving.executors.packing import Packer
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.sampler import Sampler
@@ -33,23 +32,14 @@ def allocate_kv(
     num_blocks += spare_blocks(block_size, device)
     block, element = spec.kv_block(block_size, dtype or spec.dtype)
     try:
-        pages = _pages((num_blocks, *block), element, device)
+        shape = (num_blocks, *block)
+        on_host = device.type == "cpu"
+        pages = host_pages(shape, element) if on_host else torch.zeros(shape, dtype=element, device=device)
     except (RuntimeError, MemoryError, OSError) as error:
         wanted = num_blocks * math.prod(block) * element.itemsize / 2**20
         raise CapacityError(f"cannot allocate {wanted:.0f} MiB for the KV pool: lower --kv-memory ({error})") from error
     positions = torch.full((num_blocks, block_size), -1, dtype=torch.int32, device=device)
     return KVMemory(pages, positions)
-
-
-def _pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that is zero until written. On Linux in huge pages where it can be: attention reads a few KiB here and
-    there, and with small pages spends much of its time finding out where they are."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 class TorchExecutor:
