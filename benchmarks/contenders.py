@@ -41,8 +41,12 @@ class Contender:
 
 CONTENDERS = {
     "kvarn-bf16": Contender("kvarn", "bf16", "kvarn bf16", settings={"precision": "bfloat16"}),
-    "kvarn-int8": Contender("kvarn", "8-bit", "kvarn int8", settings={"precision": "int8"}),
-    "kvarn-int4": Contender("kvarn", "4-bit", "kvarn int4", settings={"precision": "int4"}),
+    "kvarn-int8": Contender(
+        "kvarn", "8-bit", "kvarn int8, int8 KV", settings={"precision": "int8", "kv_dtype": "int8"}
+    ),
+    "kvarn-int4": Contender(
+        "kvarn", "4-bit", "kvarn int4, int8 KV", settings={"precision": "int4", "kv_dtype": "int8"}
+    ),
     "vllm-bf16": Contender("vllm", "bf16", "vLLM (CPU) bf16"),
     "openvino-bf16": Contender("openvino", "bf16", "OpenVINO GenAI bf16", "f16", {"hint": "bf16"}),
     "openvino-8bit": Contender("openvino", "8-bit", "OpenVINO GenAI Q8_0", "q8_0"),

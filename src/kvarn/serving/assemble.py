@@ -103,7 +103,8 @@ def _grammars(folder: Path, spec: ModelSpec) -> GrammarFactory | None:
 
 def _kv_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
     """What keys and values are kept as."""
-    if config.kv_dtype == "int8":
+    quantised = spec.precision in ("int8", "int4")
+    if config.kv_dtype == "int8" or (config.kv_dtype == "auto" and quantised):
         return torch.int8
     if config.kv_dtype == "bfloat16" and spec.dtype != torch.bfloat16:
         dtype = str(spec.dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@
 namespace kvarn {
 namespace {
 
-constexpr int64_t kTileRows = 48;        // query rows times heads of a group in one task
+constexpr int64_t kTileRows = 144;      // query rows times heads of a group in one task
 constexpr int64_t kTasksPerThread = 4;   // so that uneven tasks still end together
 constexpr int64_t kShortestSplit = 128;  // slots; below, merging costs more than the split wins
 
