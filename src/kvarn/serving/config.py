@@ -21,7 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: PrecisionChoice = "auto"
     """Of the weights; see `kvarn.models.precision`."""
     kv_dtype: KVDType = "auto"
-    """Of keys and values in the cache: "auto" is int8 with weights of 8 or 4 bits, else what the model computes in; "int8" halves bfloat16's memory."""
+    """Of keys and values in the cache: "auto" is int8 with weights of 8 or 4 bits, else what the model computes in;
+    "int8" halves bfloat16's memory."""
     device: str = "cpu"
     policy: PolicyName = "fcfs"
     max_context: int = 0
