@@ -170,7 +170,20 @@ def step_table(data: dict[str, Any]) -> Rendered:
         f"({conditions['input_tokens']} in, {conditions['output_tokens']} out), "
         f"median (lowest-highest) of {conditions['repeats']} runs."
     )
-    return [intro, "", *grid(["batch", "step ms", "outside the forward pass %"], rows), "", machine_line(data)], {}
+    lines = [intro, "", *grid(["batch", "step ms", "outside the forward pass %"], rows), "", *_phases(data["rows"])]
+    return [*lines, machine_line(data)], {}
+
+
+def _phases(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows: phases of the forward pass; columns: batches; cells: milliseconds of a step."""
+    profiled = [row for row in rows if any(row.get("phases_ms", {}).values())]
+    batches = sorted({row["batch"] for row in profiled})
+    if not batches:
+        return []
+    runs = [[row["phases_ms"] for row in profiled if row["batch"] == batch] for batch in batches]
+    body = [[phase, *(cell([run[phase] for run in of_batch], [0]) for of_batch in runs)] for phase in runs[0][0]]
+    intro = "Milliseconds of such a step in each phase of the forward pass, all layers together:"
+    return [intro, "", *grid(["phase", *(f"batch {batch}" for batch in batches)], body), ""]
 
 
 def linear_table(data: dict[str, Any]) -> Rendered:

@@ -30,7 +30,7 @@ def both(family: str, precision: Precision, folder: Path) -> tuple[LlamaDecoder,
     files = save_model(FAMILIES[family](), folder)
     decoders = load_decoder(files, precision=precision), load_decoder(files, precision=precision)
     assert isinstance(decoders[0], LlamaDecoder) and isinstance(decoders[1], LlamaDecoder)
-    decoders[1]._native = None
+    decoders[1].native = None
     return decoders[0], decoders[1]
 
 
@@ -38,7 +38,7 @@ def both(family: str, precision: Precision, folder: Path) -> tuple[LlamaDecoder,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_call_gives_the_bits_of_single_ops(family: str, precision: Precision, tmp_path: Path) -> None:
     native, single = both(family, precision, tmp_path)
-    if native._native is None:
+    if native.native is None:
         assert precision == "bfloat16" and ops.native_kernels() != "avx512_bf16"
         return
     prompts = {0: random_tokens(70, 1), 1: random_tokens(5, 2), 2: random_tokens(33, 3)}
@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_fit_is_refused(field: str, value: torch.Tensor, m
         "query_starts": torch.tensor([0, 1], dtype=torch.int32), "logit_rows": torch.tensor([0]),
         "pages": torch.zeros(4, 3, 2, 2, 16, 16).bfloat16(), "slot_positions": torch.zeros(4, 16, dtype=torch.int32),
     }  # fmt: skip
-    assert decoder._native is not None
-    decoder._native(**batch)
+    assert decoder.native is not None
+    decoder.native(**batch)
     with pytest.raises(RuntimeError, match=message):
-        decoder._native(**{**batch, field: value})
+        decoder.native(**{**batch, field: value})

@@ -9,9 +9,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+PHASES: Final = (
+    "qkv", "rotation, cache write", "attention", "output", "gate, up", "down", "head", "norms", "activation",
+    "quantising",
+)  # fmt: skip
+"""What a forward pass spends its time on; norms and activation include the quantising of what they give."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class NativeLlama:
                 fields += weights.fields()
         self._description = torch.tensor(fields, dtype=torch.int64)
         self._kept = (tuple(layers), embedding, cos_sin, final_norm, head)
+        self.seconds: Tensor | None = None
+        """[phases] float64, to have the time of each of `PHASES` added to it."""
         self._forward = torch.ops.kvarn.llama_forward.default
 
     def __call__(
@@ -94,7 +103,7 @@ class NativeLlama:
         """
         return self._forward(  # type: ignore[no-any-return]
             self._description, tokens, positions, slots, block_tables, kv_slots, query_starts, logit_rows, pages,
-            slot_positions,
+            slot_positions, self.seconds,
         )  # fmt: skip
 
 

@@ -65,12 +65,13 @@ class LlamaDecoder:
         name = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
         self._head = reader.head(name, (spec.vocab_size, spec.hidden_size))
         self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(reader.device)
-        self._native = self._native_forward()
+        self.native = self._native_forward()
+        """The whole of `forward` as one call, where it can be."""
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
-        if self._native is not None:
-            return self._native(
+        if self.native is not None:
+            return self.native(
                 batch.tokens, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
                 batch.logit_rows, kv.pages, kv.slot_positions,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 #include "llama.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -54,6 +55,22 @@ struct Buffers {
   static char* memory() { return reinterpret_cast<char*>(((uintptr_t)storage().data() + 63) & ~(uintptr_t)63); }
 };
 
+// Adds the time from here to the end of the block to a phase, when anybody wants to know.
+class Timed {
+ public:
+  Timed(double* seconds, Phase phase) : into_(seconds ? seconds + (int)phase : nullptr) {
+    if (into_) started_ = Clock::now();
+  }
+  ~Timed() {
+    if (into_) *into_ += std::chrono::duration<double>(Clock::now() - started_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* into_;
+  Clock::time_point started_;
+};
+
 class Forward {
  public:
   Forward(const LlamaModel& model, LlamaBatch& batch, Team& team)
@@ -66,20 +83,20 @@ class Forward {
     norm(model_.layer[0].input_norm, nullptr, model_.layer[0].qkv);
     for (int64_t i = 0; i < model_.layers; ++i) {
       const LlamaLayer& layer = model_.layer[i];
-      multiply(layer.qkv, buffers_.hidden, buffers_.qkv);
+      multiply(Phase::qkv, layer.qkv, buffers_.hidden, buffers_.qkv);
       attend(layer, i);
       const bool last = i + 1 == model_.layers;
       if (last && !keep_logit_rows()) return;
       quantize(layer.output, buffers_.attended);
-      multiply(layer.output, buffers_.attended, buffers_.projected);
+      multiply(Phase::output, layer.output, buffers_.attended, buffers_.projected);
       norm(layer.mlp_norm, buffers_.projected, layer.gate_up);
-      multiply(layer.gate_up, buffers_.hidden, buffers_.gate_up);
+      multiply(Phase::gate_up, layer.gate_up, buffers_.hidden, buffers_.gate_up);
       activate(layer.down);
-      multiply(layer.down, buffers_.activated, buffers_.projected);
+      multiply(Phase::down, layer.down, buffers_.activated, buffers_.projected);
       const LlamaLayer& next = model_.layer[last ? i : i + 1];
       norm(last ? model_.final_norm : next.input_norm, buffers_.projected, last ? model_.head : next.qkv);
     }
-    multiply(model_.head, buffers_.hidden, batch_.logits, true);
+    multiply(Phase::head, model_.head, buffers_.hidden, batch_.logits, true);
   }
 
  private:
@@ -94,6 +111,7 @@ class Forward {
 
   // Rows of `x`, if the layer they go into multiplies integers; for the whole batch and for some rows of it.
   void quantize(const LinearWeights& into, const void* x) {
+    Timed timed(batch_.seconds, Phase::quantize);
     if (into.format != WeightFormat::bfloat16)
       run_rows(team_, rows_, into.in_features, [&](int64_t begin, int64_t end) { quantize(into, x, begin, end); });
   }
@@ -103,6 +121,7 @@ class Forward {
 
   // hidden = norm(residual), or residual += added first; ready for the layer it goes into.
   void norm(const void* weight, const Half* added, const LinearWeights& into) {
+    Timed timed(batch_.seconds, Phase::norm);
     NormArgs args{};
     args.x = added ? added : buffers_.residual;
     args.x_outer_stride = args.residual_outer_stride = args.features = model_.hidden;
@@ -119,7 +138,8 @@ class Forward {
   }
 
   // `x` has been quantised when the weights are.
-  void multiply(const LinearWeights& weights, const void* x, void* out, bool float_out = false) {
+  void multiply(Phase phase, const LinearWeights& weights, const void* x, void* out, bool float_out = false) {
+    Timed timed(batch_.seconds, phase);
     LinearArgs args{};
     args.format = weights.format;
     args.x = x;
@@ -138,10 +158,26 @@ class Forward {
   }
 
   void attend(const LlamaLayer& layer, int64_t index) {
+    const CacheArgs cache = rotate(layer, index);
+    Timed timed(batch_.seconds, Phase::attention);
+    AttentionArgs args = batch_.attention;
+    args.query = cache.query;
+    args.query_row_stride = cache.query_row_stride;
+    args.query_head_stride = model_.head_dim;
+    args.kv = cache.kv;
+    args.out = buffers_.attended;
+    args.window = layer.window;
+    team_.run((int64_t)plan_.tasks.size(),
+              [&](int64_t i) { run_attention_task(args, plan_, i, thread_scratch(plan_.scratch_bytes)); });
+    run_attention_merges(args, plan_);
+  }
+
+  // Norms heads where the model does, turns queries and keys and writes keys and values into the layer's pages.
+  CacheArgs rotate(const LlamaLayer& layer, int64_t index) {
+    Timed timed(batch_.seconds, Phase::rope);
     const int64_t dim = model_.head_dim, width = (model_.heads + 2 * model_.kv_heads) * dim;
-    void* pages = batch_.pages + index * batch_.layer_bytes;
     CacheArgs cache = batch_.cache;
-    cache.kv = pages;
+    cache.kv = batch_.pages + index * batch_.layer_bytes;
     cache.query = buffers_.qkv;
     cache.key = buffers_.qkv + model_.heads * dim;
     cache.value = buffers_.qkv + (model_.heads + model_.kv_heads) * dim;
@@ -154,17 +190,7 @@ class Forward {
       cache.key_row_stride = model_.kv_heads * dim;
     }
     run_rows(team_, rows_, width, [&](int64_t begin, int64_t end) { use_.rope_and_cache(cache, begin, end); });
-
-    AttentionArgs args = batch_.attention;
-    args.query = cache.query;
-    args.query_row_stride = cache.query_row_stride;
-    args.query_head_stride = dim;
-    args.kv = pages;
-    args.out = buffers_.attended;
-    args.window = layer.window;
-    team_.run((int64_t)plan_.tasks.size(),
-              [&](int64_t i) { run_attention_task(args, plan_, i, thread_scratch(plan_.scratch_bytes)); });
-    run_attention_merges(args, plan_);
+    return cache;
   }
 
   // The heads of one kind in qkv, each normed, without gaps.
@@ -184,6 +210,7 @@ class Forward {
 
   // activated = silu(gate) * up, ready for the layer it goes into.
   void activate(const LinearWeights& into) {
+    Timed timed(batch_.seconds, Phase::activation);
     const SiluArgs args{buffers_.gate_up, 2 * model_.middle, buffers_.activated, model_.middle, true};
     run_rows(team_, rows_, 2 * model_.middle, [&](int64_t begin, int64_t end) {
       use_.silu_mul(args, begin, end);

@@ -36,6 +36,9 @@ struct LlamaModel {
   LlamaLayer layer[];
 };
 
+// What a forward pass spends its time on; `kernels/llama.py` names them in this order.
+enum class Phase { qkv, rope, attention, output, gate_up, down, head, norm, activation, quantize, count };
+
 // T rows of S sequences, R of which want logits; see ops.py.
 struct LlamaBatch {
   int64_t rows, sequences, logit_count;
@@ -48,6 +51,7 @@ struct LlamaBatch {
   char* pages;
   int64_t layer_bytes;  // from one layer's pages to the next
   float* logits;        // [R, vocab]
+  double* seconds;      // [Phase::count], added to; or null
 };
 
 // Writes the keys and values of all rows and the logits of those that want them.

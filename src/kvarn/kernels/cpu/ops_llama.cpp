@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "llama.h"
@@ -41,7 +42,8 @@ void check_starts(const View& query_starts, int64_t rows) {
 
 Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Tensor& positions_, const Tensor& slots_,
                      const Tensor& block_tables_, const Tensor& kv_slots_, const Tensor& query_starts_,
-                     const Tensor& logit_rows_, const Tensor& pages_, const Tensor& slot_positions_) {
+                     const Tensor& logit_rows_, const Tensor& pages_, const Tensor& slot_positions_,
+                     const std::optional<Tensor>& seconds_) {
   View description("description", description_), tokens("tokens", tokens_), positions("positions", positions_);
   View slots("slots", slots_), block_tables("block_tables", block_tables_), kv_slots("kv_slots", kv_slots_);
   View query_starts("query_starts", query_starts_), logit_rows("logit_rows", logit_rows_), pages("pages", pages_);
@@ -121,6 +123,13 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
   cache.is_int8 = is_int8;
   batch.pages = pages.as<char>();
   batch.layer_bytes = pages.stride(1) * (is_int8 ? 1 : 2);
+  if (seconds_) {
+    View seconds("seconds", *seconds_);
+    seconds.expect_dims(1, "[phases]");
+    seconds.expect_dtype(aoti_torch_dtype_float64(), "float64");
+    seconds.expect_size(0, (int64_t)Phase::count, "phases");
+    batch.seconds = seconds.as<double>();
+  }
   Tensor logits = empty({batch.logit_count, model.vocab}, aoti_torch_dtype_float32());
   batch.logits = View("logits", logits).as<float>();
   if (rows > 0) kvarn::llama_forward(model, batch, torch::stable::get_num_threads());
@@ -130,7 +139,8 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(kvarn, library) {
   library.def(
       "llama_forward(Tensor description, Tensor tokens, Tensor positions, Tensor slots, Tensor block_tables, "
-      "Tensor kv_slots, Tensor query_starts, Tensor logit_rows, Tensor(a!) pages, Tensor slot_positions) -> Tensor");
+      "Tensor kv_slots, Tensor query_starts, Tensor logit_rows, Tensor(a!) pages, Tensor slot_positions, "
+      "Tensor(b!)? seconds) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvarn, CPU, library) { library.impl("llama_forward", TORCH_BOX(&llama_forward)); }
 
