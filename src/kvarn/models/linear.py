@@ -11,7 +11,7 @@ kernels everywhere.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
@@ -21,6 +21,7 @@ from kvarn.errors import ModelError
 from kvarn.kernels import ops
 from kvarn.kernels.llama import LinearWeights
 from kvarn.kernels.quantized import Int4Weight, pack_int4, pack_int8, quantize_int4
+from kvarn.models.arena import Arena
 from kvarn.models.gguf_blocks import Int4Blocks
 from kvarn.models.precision import Precision, compute_dtype
 from kvarn.models.weights import Weights
@@ -35,6 +36,7 @@ class PackedLinear:
 
     weight     [out, in] float32 or bfloat16, or 4-bit codes with their scales; bias [out] or None
     int8       quantise the weight to 8 bits
+    arena      where to keep the laid-out weight for kvarn's kernels
     float32    give sums as they are, not rounded to the input's dtype, where the kernel is kvarn's own
 
     Calling takes [rows, in] (bfloat16 when quantised) and gives [rows, out].
@@ -47,20 +49,22 @@ class PackedLinear:
         *,
         int8: bool = False,
         float32: bool = False,
+        arena: Arena | None = None,
     ) -> None:
         self.bias, self.float32 = bias, float32
+        keep = arena.keep if arena else lambda tensor: tensor
         if isinstance(weight, Int4Weight):
             self.layout: Layout = "int4"
             self.out_features, self.in_features = weight.codes.shape
-            self.weight = pack_int4(weight)
+            self.weight = keep(pack_int4(weight))
             return
         self.out_features, self.in_features = weight.shape
         self.layout = "int8" if int8 else _layout(weight.device.type, weight.dtype)
         match self.layout:
             case "int8":
-                self.weight = pack_int8(weight)
+                self.weight = keep(pack_int8(weight))
             case "kvarn":
-                self.weight = ops.pack_linear(weight)
+                self.weight = keep(ops.pack_linear(weight))
             case "onednn":
                 self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH_HINT)
             case _:
@@ -111,6 +115,7 @@ class LinearReader:
     blocks: Int4Blocks
     precision: Precision
     device: torch.device
+    arena: Arena = field(default_factory=Arena)
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor in the dtype of activations. Raises ModelError when it is missing or not of `shape`."""
@@ -121,18 +126,20 @@ class LinearReader:
         bias = self._bias(parts)
         if self.precision == "int4" and width % 32 == 0:
             stacked = zip(*(self._int4(f"{name}.weight", (rows, width)) for name, rows in parts), strict=True)
-            return PackedLinear(Int4Weight(*(torch.cat(tensors).to(self.device) for tensors in stacked)), bias)
+            return PackedLinear(
+                Int4Weight(*(torch.cat(tensors).to(self.device) for tensors in stacked)), bias, arena=self.arena
+            )
         quantised = self.precision in ("int8", "int4")
         weights = [self.weights.get(f"{name}.weight", (rows, width)) for name, rows in parts]
         dtype = torch.float32 if quantised else compute_dtype(self.precision)
         weight = torch.cat([each.to(self.device, dtype) for each in weights])
-        return PackedLinear(weight, bias, int8=quantised)
+        return PackedLinear(weight, bias, int8=quantised, arena=self.arena)
 
     def head(self, name: str, shape: tuple[int, int]) -> PackedLinear:
         """The layer that gives logits: in float32 where possible, and of 8 bits in int4, which costs least there."""
         quantised = self.precision in ("int8", "int4")
         weight = self.weights.get(name, shape).to(self.device) if quantised else self(name, shape)
-        return PackedLinear(weight, int8=quantised, float32=True)
+        return PackedLinear(weight, int8=quantised, float32=True, arena=self.arena)
 
     def _int4(self, name: str, shape: tuple[int, int]) -> Int4Weight:
         return self.blocks.get(name, shape) if name in self.blocks else quantize_int4(self.weights.get(name, shape))
