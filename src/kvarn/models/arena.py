@@ -3,13 +3,10 @@ addresses, and memory gives half as much again."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
-
 import torch
 
-_HUGE_PAGE = 2**21
+from kvarn.kernels.huge_pages import HAS_HUGE_PAGES, huge_pages
+
 _CHUNK_BYTES = 2**26
 _ALIGNMENT = 64
 
@@ -23,19 +20,10 @@ class Arena:
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of `tensor`; the tensor itself on other devices and where there are no huge pages."""
-        if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if tensor.device.type != "cpu" or not HAS_HUGE_PAGES:
             return tensor
         if self._used + tensor.nbytes > len(self._chunk):
-            self._chunk, self._used = _huge_pages(max(tensor.nbytes, _CHUNK_BYTES)), 0
+            self._chunk, self._used = huge_pages(max(tensor.nbytes, _CHUNK_BYTES)), 0
         room = self._chunk[self._used : self._used + tensor.nbytes]
         self._used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def _huge_pages(size: int) -> torch.Tensor:
-    """At least `size` bytes from the start of a huge page on; memory that is not touched is not taken."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
-    return torch.frombuffer(memory, dtype=torch.uint8)[start:]

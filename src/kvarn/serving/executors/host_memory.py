@@ -7,14 +7,14 @@ step. So a thread that only gets what processors have to spare touches the pool'
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import mmap
 import os
 import threading
 
 import torch
+
+from kvarn.kernels.huge_pages import HAS_HUGE_PAGES, huge_pages
 
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14: bring pages in without changing them. Older kernels refuse, and pages come when they are touched."""
@@ -26,22 +26,17 @@ _SLICE_BYTES = 2**24
 
 def host_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A tensor that is zero until written. OSError when there is no memory for it."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not HAS_HUGE_PAGES:
         return torch.zeros(shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    threading.Thread(target=_bring_in, args=(memory, min(size, _AHEAD_BYTES)), name="kv-memory", daemon=True).start()
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+    memory = huge_pages(math.prod(shape) * dtype.itemsize)
+    threading.Thread(target=_bring_in, args=(memory[:_AHEAD_BYTES],), name="kv-memory", daemon=True).start()
+    return memory.view(dtype).view(shape)
 
 
-def _bring_in(memory: mmap.mmap, size: int) -> None:
+def _bring_in(memory: torch.Tensor) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)  # on Linux: of this thread
-    # Not memory.madvise, which would keep Python's lock for as long as it takes.
     madvise = ctypes.CDLL(None).madvise
-    anchor = ctypes.c_char.from_buffer(memory)  # keeps the mapping
-    for start in range(0, size, _SLICE_BYTES):
-        address = ctypes.c_void_p(ctypes.addressof(anchor) + start)
-        if madvise(address, ctypes.c_size_t(min(_SLICE_BYTES, size - start)), _MADV_POPULATE_WRITE) != 0:
+    for start in range(0, len(memory), _SLICE_BYTES):  # each at a page
+        part = memory[start : start + _SLICE_BYTES]
+        if madvise(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), _MADV_POPULATE_WRITE) != 0:
             return
