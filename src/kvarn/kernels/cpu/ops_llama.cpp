@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 
+#include "batch_checks.h"
 #include "llama.h"
 #include "tensors.h"
 
@@ -21,23 +21,6 @@ void expect_range(const View& view, int64_t end, const char* what) {
   for (int64_t i = 0; i < view.size(0); ++i)
     if (values[i] < 0 || values[i] >= end)
       view.fail(std::string(what) + " in [0, " + std::to_string(end) + "), got " + std::to_string(values[i]));
-}
-
-void check_tables(const View& block_tables, const View& kv_slots, int64_t block_size, int64_t blocks) {
-  for (int64_t s = 0; s < kv_slots.size(0); ++s) {
-    const int64_t slots = kv_slots.as<int32_t>()[s];
-    if (slots < 0 || slots > block_tables.size(1) * block_size) kv_slots.fail("slots within block_tables' width");
-    const int32_t* table = block_tables.as<int32_t>() + s * block_tables.size(1);
-    for (int64_t i = 0; i * block_size < slots; ++i)
-      if (table[i] < 0 || table[i] >= blocks) block_tables.fail("block ids in [0, " + std::to_string(blocks) + ")");
-  }
-}
-
-void check_starts(const View& query_starts, int64_t rows) {
-  const int32_t* starts = query_starts.as<int32_t>();
-  const int64_t sequences = query_starts.size(0) - 1;
-  if (starts[0] != 0 || starts[sequences] != rows || !std::is_sorted(starts, starts + sequences + 1))
-    query_starts.fail("values rising from 0 to the number of rows, " + std::to_string(rows));
 }
 
 Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Tensor& positions_, const Tensor& slots_,
@@ -79,8 +62,8 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
   expect_range<int32_t>(positions, model.positions, "positions");
   expect_range<int32_t>(slots, blocks * block_size, "slots");
   expect_range<int64_t>(logit_rows, rows, "rows");
-  check_tables(block_tables, kv_slots, block_size, blocks);
-  check_starts(query_starts, rows);
+  check_block_tables(block_tables, kv_slots, block_size, blocks);
+  check_query_starts(query_starts, kv_slots.size(0), rows);
 
   LlamaBatch batch{};
   batch.rows = rows;
