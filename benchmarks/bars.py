@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.machine_tables import limit_shares, memory_beyond, neighbour_rates
+from benchmarks.machine_tables import limit_share, memory_beyond, neighbour_rates
 from benchmarks.tables import (
     CLASSES,
     MOST_KL,
@@ -133,10 +133,12 @@ def _limits(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
     data = found["limits"]
     sessions = good(data)
     for name in sessions:
-        for figure, share in limit_shares(data, name).items():
-            needed = 70 if figure == "decode" else 60
-            limit = "read bandwidth, batch 1" if figure == "decode" else f"GEMM peak, {figure} tokens"
-            yield Bar("distance to the limit", f"{label(name, sessions)}: {limit}", needed, 100 * share, "%")
+        read = 100 * limit_share(data, name, ("decode", 1))
+        yield Bar("distance to the limit", f"{label(name, sessions)}: read bandwidth, batch 1", 70, read, "%")
+        for tokens in data["conditions"]["prefills"]:
+            peak = 100 * limit_share(data, name, ("prefill", tokens))
+            condition = f"{label(name, sessions)}: GEMM peak, prefill {tokens} tokens"
+            yield Bar("distance to the limit", condition, 60, peak, "%")
 
 
 def _step(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:

@@ -4,9 +4,10 @@
     python -m benchmarks.limits --quick    does everything run?
 
 Read bandwidth (the sum of a large array) and GEMM peaks (torch's own products in bf16, oneDNN's in int8) are measured
-before, between and after kvarn's turns; the highest of each is the limit. Decode at batch 1 reads every matrix once a
-token: the share is weight bytes x tokens/s over the bandwidth. Prefill's share is operations a second (linear layers
-and causal attention) over the peak of its arithmetic: int8 for int8 and int4. Results: `benchmarks/results/limits.*`.
+before and after every single run, since a shared machine's memory is twice as fast in one minute as in another; a
+run's limit is the higher of its two neighbours. Decode at batch 1 reads every matrix once a token: the share is weight
+bytes x tokens/s over the bandwidth. Prefill's share is operations a second (linear layers and causal attention) over
+the peak of its arithmetic: int8 for int8 and int4. Results: `benchmarks/results/limits.*`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,19 +59,32 @@ def machine_limits(threads: int, repeats: int) -> dict[str, float]:
     return found
 
 
+def higher(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """The higher figure of each kind."""
+    return {name: max(value, other[name]) for name, value in one.items()}
+
+
 def run_session(name: str, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One precision of ours: {"about", "load_seconds", "readings"} or {"error"}."""
+    """One precision of ours: {"about", "load_seconds", "readings"} or {"error"}; a reading has its runs' limits."""
+    seen: list[dict[str, float]] = []
+
+    def look_at_machine() -> None:
+        machine.wait_until_quiet(arguments.patience)
+        seen.append(machine_limits(arguments.threads, arguments.repeats))
+
     try:
         with EngineProcess(f"limits-{name}", CONTENDERS[name], arguments.threads, arguments.limit) as engine:
             session = engine.load()
-            readings = measure(
-                engine.generate,
-                workload,
-                before_run=partial(machine.wait_until_quiet, arguments.patience),
-            )
-            foreign = iter(engine.foreign[1:])
+            readings = measure(engine.generate, workload, before_run=look_at_machine)
+            look_at_machine()
+            foreign, limits = iter(engine.foreign[1:]), map(higher, seen, seen[1:])
             rows = [
-                {**one.to_json(), "foreign_cores": [round(next(foreign), 3) for _ in one.repeats]} for one in readings
+                {
+                    **one.to_json(),
+                    "foreign_cores": [round(next(foreign), 3) for _ in one.repeats],
+                    "limits": [next(limits) for _ in one.repeats],
+                }
+                for one in readings
             ]
             return {**session, "readings": rows}
     except (EngineFailed, FileNotFoundError) as error:
@@ -81,7 +94,7 @@ def run_session(name: str, workload: Workload, arguments: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=1, repeats=5, limit=240.0)
+    settings.add_common(parser, rounds=1, repeats=7, limit=240.0)
     arguments = settings.parse(parser)
     workload = Workload(batches=(1,), input_tokens=32, output_tokens=128, repeats=arguments.repeats)
     if arguments.quick:
@@ -92,16 +105,12 @@ def main() -> None:
         "prefills": workload.prefills, "input_tokens": workload.input_tokens, "output_tokens": workload.output_tokens,
     }  # fmt: skip
     results = Results("limits", conditions, merge=arguments.merge, quick=arguments.quick)
-    seen = [machine_limits(arguments.threads, arguments.repeats)]
     for turn in range(arguments.rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             session = run_session(name, workload, arguments)
             results.add_session(name, {"precision": PRECISIONS[name], **session}, first=turn == 0)
-            machine.wait_until_quiet(arguments.patience)
-            seen.append(machine_limits(arguments.threads, arguments.repeats))
     form = shape()
     results.data |= {
-        "limits": {name: max(one[name] for one in seen) for name in seen[0]},
         "weight_bytes": {name: form.weight_bytes(name) for name in BYTES},
         "prefill_operations": {str(tokens): form.prefill_operations(tokens) for tokens in workload.prefills},
     }

@@ -5,46 +5,52 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from benchmarks.tables import Bars, Rendered, cell, good, grid, label, machine_line, runs_of, short
+from benchmarks.tables import Bars, Column, Rendered, cell, good, grid, label, machine_line, runs_of, short, spread
 
 GIGA = 1e9
 
 
 def limits_table(data: dict[str, Any]) -> Rendered:
     """Rows: precisions; columns: decode's share of the read bandwidth, prefill's of the GEMM peak."""
-    limits, sessions = data["limits"], good(data)
+    sessions, prefills = good(data), data["conditions"]["prefills"]
+    columns: list[Column] = [("decode", 1), *(("prefill", tokens) for tokens in prefills)]
     rows = []
     for name, one in sessions.items():
-        shares = limit_shares(data, name)
-        rate = median(rate for rate, _ in runs_of(one, ("decode", 1)))
-        prefills = (
-            f"{short(median(rate for rate, _ in runs_of(one, ('prefill', tokens))))} tokens/s: "
-            f"{100 * shares[f'prefill {tokens}']:.0f} %"
-            for tokens in data["conditions"]["prefills"]
+        figures = (
+            f"{short(median(rate for rate, _ in runs_of(one, column)))} tokens/s: "
+            f"{100 * limit_share(data, name, column):.0f} %"
+            for column in columns
         )
-        weights = data["weight_bytes"][one[0]["precision"]]
-        decode = f"{short(rate)} tokens/s: {100 * shares['decode']:.0f} %"
-        rows.append([label(name, sessions), short(weights / 1e6), decode, *prefills])
+        rows.append([label(name, sessions), short(data["weight_bytes"][one[0]["precision"]] / 1e6), *figures])
+    seen = [
+        limits
+        for one in sessions.values()
+        for run in one
+        for reading in run["readings"]
+        for limits in reading["limits"]
+    ]
+    read, bf16, int8 = ([limits[kind] / GIGA for limits in seen] for kind in ("read", "bf16", "int8"))
     intro = (
-        f"How close to the machine: it reads {limits['read'] / GIGA:.1f} GB/s, multiplies {limits['bf16'] / GIGA:,.0f} "
-        f"GFLOP/s in bf16 and {limits['int8'] / GIGA:,.0f} GOP/s in int8, measured in the same run. Decode at batch 1 "
-        "as a share of the read bandwidth, prefill of the peak in its arithmetic."
+        f"How close to the machine, which reads {spread(read)} GB/s and multiplies {spread(bf16)} GFLOP/s in bf16 and "
+        f"{spread(int8)} GOP/s in int8, measured before and after each run. Decode at batch 1 as a share of the read "
+        "bandwidth, prefill of the peak in its arithmetic; medians of the runs' shares."
     )
-    head = ["precision", "matrices MB", "decode 1", *(f"prefill {tokens}" for tokens in data["conditions"]["prefills"])]
+    head = ["precision", "matrices MB", *(f"{kind} {size}" for kind, size in columns)]
     return [intro, "", *grid(head, rows)], {}
 
 
-def limit_shares(data: dict[str, Any], name: str) -> dict[str, float]:
-    """ "decode" and "prefill N" of one precision -> share of the machine's limit."""
-    sessions, limits = good(data)[name], data["limits"]
-    precision = sessions[0]["precision"]
-    peak = limits["bf16" if precision == "bfloat16" else "int8"]
-    rate = median(rate for rate, _ in runs_of(sessions, ("decode", 1)))
-    shares = {"decode": data["weight_bytes"][precision] * rate / limits["read"]}
-    for tokens in data["conditions"]["prefills"]:
-        rate = median(rate for rate, _ in runs_of(sessions, ("prefill", tokens)))
-        shares[f"prefill {tokens}"] = data["prefill_operations"][str(tokens)] / tokens * rate / peak
-    return shares
+def limit_share(data: dict[str, Any], name: str, column: Column) -> float:
+    """Share of the machine's limit that a precision reaches in one figure: the median of its runs' shares."""
+    sessions = good(data)[name]
+    precision, (kind, tokens) = sessions[0]["precision"], column
+    work = data["weight_bytes"][precision] if kind == "decode" else data["prefill_operations"][str(tokens)] / tokens
+    limit = "read" if kind == "decode" else "bf16" if precision == "bfloat16" else "int8"
+    readings = [one for session in sessions for one in session["readings"] if (one["kind"], one["size"]) == column]
+    return median(
+        work * rate / limits[limit]
+        for one in readings
+        for rate, limits in zip(one["repeats"], one["limits"], strict=True)
+    )
 
 
 def neighbours_table(data: dict[str, Any]) -> Rendered:

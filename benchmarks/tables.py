@@ -269,10 +269,13 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Lines:
 
 def cell(values: list[float], foreign: list[float]) -> str:
     """Median (lowest-highest), with a star when most runs were disturbed."""
-    star = "*" if median(foreign) > machine.QUIET_CORES else ""
+    return spread(values, "*" if median(foreign) > machine.QUIET_CORES else "")
+
+
+def spread(values: list[float], mark: str = "") -> str:
+    """Median, a mark, and (lowest-highest) if they differ."""
     low, high = short(min(values)), short(max(values))
-    spread = f" ({low}-{high})" if low != high else ""
-    return f"{short(median(values))}{star}{spread}"
+    return f"{short(median(values))}{mark}{f' ({low}-{high})' if low != high else ''}"
 
 
 def short(value: float) -> str:

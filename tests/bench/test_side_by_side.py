@@ -120,9 +120,10 @@ def test_bars_are_told_from_results_with_the_condition_and_what_was_not_measured
 def test_a_share_of_the_limit_counts_what_a_precision_reads_and_in_which_arithmetic_it_multiplies() -> None:
     kept = results.Results("limits", CONDITIONS, merge=False)
     one = session("kvarn int8", [100.0], [2000.0], weights="8-bit")
+    for reading in one["readings"]:
+        reading["limits"] = [{"read": 40e9, "bf16": 400e9, "int8": 800e9}]
     kept.add_session("kvarn-int8", {"precision": "int8", **one}, first=True)
     kept.data |= {
-        "limits": {"read": 40e9, "bf16": 400e9, "int8": 800e9},
         "weight_bytes": {"int8": 200e6},
         "prefill_operations": {"512": 512 * 0.2e9},
     }
