@@ -27,7 +27,7 @@ from benchmarks.results import QUICK_FOLDER, Results
 from safetensors.torch import save_file
 
 from kvarn.bench.offline import Workload, kvarn_engine, measure
-from kvarn.kernels import ops
+from kvarn.kernels import flashinfer, ops
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
@@ -151,7 +151,10 @@ def random_model(config: dict[str, Any], folder: Path, device: torch.device) -> 
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    about: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "triton_kernels": ops.has_triton()}
+    about: dict[str, Any] = {
+        "device": str(device), "torch": torch.__version__, "triton_kernels": ops.has_triton(),
+        "flashinfer": flashinfer.is_installed(device),
+    }  # fmt: skip
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {

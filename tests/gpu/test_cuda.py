@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from kvarn.kernels import flashinfer
 from kvarn.serving.offline import OfflineEngine
 from kvarn.serving.sampling.params import SamplingParams
 
@@ -64,6 +65,33 @@ def test_bfloat16_runs(folder: Path):
     engine = OfflineEngine.load(str(folder), device="cuda", precision="bfloat16", kv_memory_bytes=16 * 2**20)
     (result,) = engine.generate([_prompts()[4]], SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
     assert len(result.token_ids) == TOKENS
+
+
+def test_flashinfer_gives_the_text_that_triton_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Prompts, chunks and (without graphs) decode steps: the same first tokens, by its kernels alone."""
+    pytest.importorskip("flashinfer")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    calls: list[int] = []
+    attend = flashinfer.PlannedAttention.attend
+    monkeypatch.setattr(
+        flashinfer.PlannedAttention, "attend", lambda self, *rest: (calls.append(1), attend(self, *rest))[1]
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    texts = []
+    for planned in (False, True):
+        engine = OfflineEngine.load(
+            str(tmp_path), device="cuda", precision="bfloat16", cuda_graphs=False, flashinfer=planned,
+            token_budget=64, max_context=800, kv_memory_bytes=16 * 2**20,
+        )  # fmt: skip
+        calls.clear()
+        texts.append([result.token_ids for result in engine.generate(_prompts(), params)])
+        assert bool(calls) == planned
+    assert sum(one[0] == other[0] for one, other in zip(*texts, strict=True)) >= len(_prompts()) - 1  # near ties
 
 
 @pytest.mark.parametrize("name", ["paged_attention", "rms_norm", "add_rms_norm", "rope_and_cache", "write_cache",

@@ -70,6 +70,7 @@ def load_engine(
         max_requests=config.max_running,
         max_context=max_context,
         cuda_graphs=config.cuda_graphs,
+        use_flashinfer=config.flashinfer,
     )
     engine = Engine(
         executor,

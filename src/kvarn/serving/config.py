@@ -40,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share_prefixes: bool = True
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
+    flashinfer: bool = True
+    """On a CUDA device, attend with FlashInfer where it is installed, in steps that are not replayed."""
     speculation: Speculation = "auto"
     """Draft tokens where a text repeats itself: "off", "ngram" (always) or "auto" (where measured to pay)."""
     draft_tokens: int = 8

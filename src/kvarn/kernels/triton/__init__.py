@@ -14,10 +14,11 @@ def register(library: torch.library.Library) -> bool:
     """Register the kernels for CUDA tensors of `library`'s operators; False where there is no CUDA or no Triton."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
+    from kvarn.kernels import flashinfer
     from kvarn.kernels.triton import attention, linear, rowwise
 
+    library.impl("paged_attention", flashinfer.or_else(attention.paged_attention), "CUDA")
     for implementation in (
-        attention.paged_attention,
         rowwise.rms_norm,
         rowwise.add_rms_norm,
         rowwise.rope_and_cache,

@@ -3,7 +3,7 @@
 In: a ForwardBatch in host memory. Out: logits on the device, valid until the next step. A graph repeats the launches
 of one batch size over the same memory, so the host pays for one launch instead of hundreds. Steps in which every
 sequence has one row that wants logits (decode) are filled up to the next size that was captured; all others, and larger
-ones, are launched as usual.
+ones, are launched as usual, where attention may be planned for each step (`kvarn.kernels.flashinfer`).
 
 Rows that fill up a batch belong to sequences without slots: they look at nothing. Their keys and values go into spare
 blocks behind those that the pool hands out, each into a slot of its own, so they never touch what a request owns.
@@ -11,12 +11,14 @@ blocks behind those that the pool hands out, each into a slot of its own, so the
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
 import torch
 
+from kvarn.kernels.flashinfer import PagedRows, PlannedAttention
 from kvarn.models.spec import Decoder, ForwardBatch, KVMemory
 from kvarn.serving.executors.staging import Layout, Staging, copy_batch
 
@@ -66,6 +68,8 @@ class DeviceForward:
     max_rows, max_requests   rows and sequences of the largest batch
     max_context              tokens of the longest sequence
     capture                  `CudaGraphs()`, or None: no graphs. Decode steps are captured here, which takes seconds
+    planned_attention        plans attention in steps without a graph, or None. It is tried out here, where it may
+                             compile for minutes; if it fails, a warning says so and the decoder does without
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class DeviceForward:
         max_context: int,
         num_spare_blocks: int,
         capture: Capture | None,
+        planned_attention: PlannedAttention | None = None,
     ) -> None:
         self._decoder = decoder
         self._kv = kv
@@ -93,6 +98,9 @@ class DeviceForward:
         if capture:
             for size in reversed(self._sizes):  # the memory of the largest holds the others
                 self._replays[size] = self._captured(size, capture)
+        self._planned_attention = planned_attention
+        if planned_attention is not None:
+            self._try_planned_attention()
 
     @torch.inference_mode()
     def run(self, batch: ForwardBatch) -> torch.Tensor:
@@ -107,11 +115,43 @@ class DeviceForward:
         layout = Layout.of(batch)
         copy_batch(batch, layout.views(self._staging.host_buffer()))
         self._staging.send(layout.num_bytes)
-        return self._compute(layout.views(self._staging.device_buffer))
+        views = layout.views(self._staging.device_buffer)
+        if self._planned_attention is None:
+            return self._compute(views)
+        block_size = self._kv.slot_positions.shape[1]
+        rows_of_step = PagedRows.of(batch.block_tables, batch.kv_slots, batch.query_starts, block_size)
+        with self._planned_attention.step(rows_of_step):
+            return self._compute(views)
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor:
         self._flat_positions[batch.slots] = batch.positions
         return self._decoder.forward(batch, self._kv)
+
+    def _try_planned_attention(self) -> None:
+        """Go through the decoder in spare blocks, once as a decode step does and once as a prompt does."""
+        try:
+            for rows in (1, 2):
+                self.run(self._spare_batch(rows))
+            if self._kv.pages.is_cuda:
+                torch.cuda.synchronize(self._kv.pages.device)
+        except Exception as error:  # from ImportError to bare RuntimeError, by what its compiler lacks
+            self._planned_attention = None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"FlashInfer is installed but does not run ({reason}), so attention stays with Triton; mend its "
+                "installation, or set flashinfer=False in the engine's settings to silence this",
+                stacklevel=2,
+            )
+
+    def _spare_batch(self, rows: int) -> ForwardBatch:
+        """One sequence in the first spare slots, which wants no logits."""
+        block_size = self._kv.slot_positions.shape[1]
+        each = torch.arange(rows, dtype=torch.int32)
+        blocks = torch.arange(-(-rows // block_size), dtype=torch.int32) + self._first_spare_slot // block_size
+        ends = torch.tensor([0, rows], dtype=torch.int32)
+        return ForwardBatch(
+            each.long(), each, each + self._first_spare_slot, blocks[None], ends[1:], ends, each[:0].long()
+        )
 
     def _step_layout(self, size: int) -> Layout:
         return Layout(size, size, self._table_width, size)

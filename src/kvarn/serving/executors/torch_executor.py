@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from kvarn.errors import CapacityError
-from kvarn.kernels import ops
+from kvarn.kernels import flashinfer, ops
 from kvarn.models.spec import Decoder, ForwardBatch, KVMemory, ModelSpec
 from kvarn.serving.batch import Batch, SampledToken
 from kvarn.serving.executors.cuda_graphs import CudaGraphs, DeviceForward, spare_blocks
@@ -45,7 +45,8 @@ def allocate_kv(
 class TorchExecutor:
     """Executor over a torch Decoder. See kvarn.serving.executors.protocol.
 
-    `kv` comes from `allocate_kv`. With `cuda_graphs`, a CUDA device replays decode steps where the decoder allows it.
+    `kv` comes from `allocate_kv`. With `cuda_graphs`, a CUDA device replays decode steps where the decoder allows it;
+    with `use_flashinfer`, other steps attend with FlashInfer where it is installed.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TorchExecutor:
         max_requests: int,
         max_context: int,
         cuda_graphs: bool = True,
+        use_flashinfer: bool = True,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -72,7 +74,11 @@ class TorchExecutor:
         if device.type == "cuda":
             # The reference kernels, which run where there is no Triton, wait for the device.
             capture = CudaGraphs() if cuda_graphs and decoder.capturable and ops.has_triton() else None
-            launcher = DeviceForward(decoder, kv, **limits, num_spare_blocks=self._spare_blocks, capture=capture)
+            plans = use_flashinfer and ops.has_triton() and flashinfer.is_installed(device)
+            launcher = DeviceForward(
+                decoder, kv, **limits, num_spare_blocks=self._spare_blocks, capture=capture,
+                planned_attention=flashinfer.PlannedAttention(device) if plans else None,
+            )  # fmt: skip
             self._forward = launcher.run
             device = torch.device("cpu")  # the launcher sends a batch to its device
         self._packer = Packer(**limits, block_size=self.block_size, device=device)
