@@ -13,16 +13,16 @@ the peak of its arithmetic: int8 for int8 and int4. Results: `benchmarks/results
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import CONTENDERS, chosen
-from benchmarks.engines import EngineFailed, EngineProcess
+from benchmarks.engines import EngineProcess
 from benchmarks.results import Results
+from benchmarks.turns import take_turns
 from benchmarks.work import BYTES, shape
 
 from kvarn.bench.offline import Workload, measure
@@ -65,37 +65,31 @@ def higher(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
 
 
 def run_session(name: str, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One precision of ours: {"about", "load_seconds", "readings"} or {"error"}; a reading has its runs' limits."""
+    """One precision of ours: {"about", "load_seconds", "readings"}; a reading has its runs' limits."""
     seen: list[dict[str, float]] = []
 
     def look_at_machine() -> None:
         machine.wait_until_quiet(arguments.patience)
         seen.append(machine_limits(arguments.threads, arguments.repeats))
 
-    try:
-        with EngineProcess(f"limits-{name}", CONTENDERS[name], arguments.threads, arguments.limit) as engine:
-            session = engine.load()
-            readings = measure(engine.generate, workload, before_run=look_at_machine)
-            look_at_machine()
-            foreign, limits = iter(engine.foreign[1:]), map(higher, seen, seen[1:])
-            rows = [
-                {
-                    **one.to_json(),
-                    "foreign_cores": [round(next(foreign), 3) for _ in one.repeats],
-                    "limits": [next(limits) for _ in one.repeats],
-                }
-                for one in readings
-            ]
-            return {**session, "readings": rows}
-    except (EngineFailed, FileNotFoundError) as error:
-        print(f"{name:13} failed: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    with EngineProcess(f"limits-{name}", CONTENDERS[name], arguments.threads, arguments.limit) as engine:
+        session = engine.load()
+        readings = measure(engine.generate, workload, before_run=look_at_machine)
+        look_at_machine()
+        foreign, limits = iter(engine.foreign[1:]), map(higher, seen, seen[1:])
+        rows = [
+            {
+                **one.to_json(),
+                "foreign_cores": [round(next(foreign), 3) for _ in one.repeats],
+                "limits": [next(limits) for _ in one.repeats],
+            }
+            for one in readings
+        ]
+        return {**session, "readings": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=1, repeats=7, limit=240.0)
-    arguments = settings.parse(parser)
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=7, limit=240.0))
     workload = Workload(batches=(1,), input_tokens=32, output_tokens=128, repeats=arguments.repeats)
     if arguments.quick:
         workload = Workload(batches=(1,), input_tokens=32, output_tokens=8, prefills=(128,), repeats=1)
@@ -105,17 +99,16 @@ def main() -> None:
         "prefills": workload.prefills, "input_tokens": workload.input_tokens, "output_tokens": workload.output_tokens,
     }  # fmt: skip
     results = Results("limits", conditions, merge=arguments.merge, quick=arguments.quick)
-    for turn in range(arguments.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            session = run_session(name, workload, arguments)
-            results.add_session(name, {"precision": PRECISIONS[name], **session}, first=turn == 0)
     form = shape()
     results.data |= {
         "weight_bytes": {name: form.weight_bytes(name) for name in BYTES},
         "prefill_operations": {str(tokens): form.prefill_operations(tokens) for tokens in workload.prefills},
     }
-    results.save()
-    render.render(results.path)
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return {"precision": PRECISIONS[name], **run_session(name, workload, arguments)}
+
+    take_turns(names, session, results, arguments)
     print(results.path.with_suffix(".md").read_text())
 
 

@@ -12,14 +12,14 @@ its first token. Each system runs with the cache formats it offers. Results: `be
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import LONG_CONTEXT, chosen
-from benchmarks.engines import EngineFailed, EngineProcess
+from benchmarks.engines import EngineProcess
 from benchmarks.results import Results
+from benchmarks.turns import take_turns
 
 from kvarn.bench.offline import decode_rate, random_prompts
 
@@ -32,38 +32,32 @@ OUTPUT_TOKENS = 24
 def run_session(
     name: str, contexts: tuple[int, ...], output_tokens: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """One contender: {"about", "load_seconds", "prefill_seconds", "readings"} or {"error"}."""
-    try:
-        with EngineProcess(f"long-{name}", LONG_CONTEXT[name], arguments.threads, arguments.limit) as engine:
-            session = engine.load()
-            engine.generate(random_prompts(BATCH, 32, [7]), 4)
-            prompts = random_prompts(BATCH, max(contexts), [8])
-            started = time.monotonic()
-            engine.generate(prompts, 2)
-            seconds = time.monotonic() - started
-            print(f"{name:20} {BATCH} prompts of {max(contexts)} tokens in {seconds:.0f} s", flush=True)
-            readings = []
-            for context in sorted(contexts, reverse=True):
-                batch = [prompt[:context] for prompt in prompts]
-                if context != max(contexts):
-                    engine.generate(batch, 2)
-                rates, foreign = [], []
-                for _ in range(arguments.repeats):
-                    machine.wait_until_quiet(arguments.patience)
-                    rates.append(decode_rate(engine.generate(batch, output_tokens)))
-                    foreign.append(round(engine.foreign[-1], 3))
-                print(f"{name:20} context {context:5}  {sorted(rates)[len(rates) // 2]:8.1f} tokens/s", flush=True)
-                readings.append({"kind": "decode", "size": context, "repeats": rates, "foreign_cores": foreign})
-            return {**session, "prefill_seconds": seconds, "readings": readings}
-    except (EngineFailed, FileNotFoundError) as error:
-        print(f"{name:20} failed: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    """One contender: {"about", "load_seconds", "prefill_seconds", "readings"}."""
+    with EngineProcess(f"long-{name}", LONG_CONTEXT[name], arguments.threads, arguments.limit) as engine:
+        session = engine.load()
+        engine.generate(random_prompts(BATCH, 32, [7]), 4)
+        prompts = random_prompts(BATCH, max(contexts), [8])
+        started = time.monotonic()
+        engine.generate(prompts, 2)
+        seconds = time.monotonic() - started
+        print(f"{name:20} {BATCH} prompts of {max(contexts)} tokens in {seconds:.0f} s", flush=True)
+        readings = []
+        for context in sorted(contexts, reverse=True):
+            batch = [prompt[:context] for prompt in prompts]
+            if context != max(contexts):
+                engine.generate(batch, 2)
+            rates, foreign = [], []
+            for _ in range(arguments.repeats):
+                machine.wait_until_quiet(arguments.patience)
+                rates.append(decode_rate(engine.generate(batch, output_tokens)))
+                foreign.append(round(engine.foreign[-1], 3))
+            print(f"{name:20} context {context:5}  {sorted(rates)[len(rates) // 2]:8.1f} tokens/s", flush=True)
+            readings.append({"kind": "decode", "size": context, "repeats": rates, "foreign_cores": foreign})
+        return {**session, "prefill_seconds": seconds, "readings": readings}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=1, repeats=3, limit=400.0)
-    arguments = settings.parse(parser)
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=3, limit=400.0))
     contexts, output_tokens = ((128, 256), 8) if arguments.quick else (CONTEXTS, OUTPUT_TOKENS)
     names = chosen(arguments.only, LONG_CONTEXT)
     conditions = {
@@ -71,12 +65,11 @@ def main() -> None:
         "rounds": arguments.rounds, "repeats": arguments.repeats, "threads": arguments.threads,
     }  # fmt: skip
     results = Results("long_context", conditions, merge=arguments.merge, quick=arguments.quick)
-    started = time.monotonic()
-    for turn in range(arguments.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            results.add_session(name, run_session(name, contexts, output_tokens, arguments), first=turn == 0)
-    render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return run_session(name, contexts, output_tokens, arguments)
+
+    take_turns(names, session, results, arguments)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import CONTENDERS, chosen
 from benchmarks.engines import EngineFailed, EngineProcess
 from benchmarks.results import Results
+from benchmarks.turns import take_turns
 
 from kvarn.bench.offline import decode_rate, random_prompts
 
@@ -66,18 +67,16 @@ def run_session(name: str, batches: tuple[int, ...], arguments: argparse.Namespa
                           f"beside {reading['busy'][-1]:8.1f} tokens/s", flush=True)  # fmt: skip
                     if time.monotonic() - started > PATIENCE:
                         break
-    except (EngineFailed, FileNotFoundError) as error:
-        print(f"{name:15} failed: {error}", file=sys.stderr, flush=True)
+    except EngineFailed as error:
         if not readings or not readings[0]["busy"]:
-            return {"error": str(error)}
+            raise
+        print(f"{name:15} stopped: {error}", file=sys.stderr, flush=True)
         session["stopped"] = str(error)  # what was measured until then stays
     return {**session, "readings": [reading for reading in readings if reading["busy"]]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=1, repeats=3, limit=240.0)
-    arguments = settings.parse(parser)
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=3, limit=240.0))
     batches = BATCHES[:1] if arguments.quick else BATCHES
     names = chosen(arguments.only, {name: CONTENDERS[name] for name in NAMES})
     conditions = {
@@ -85,12 +84,11 @@ def main() -> None:
         "rounds": arguments.rounds, "repeats": arguments.repeats, "threads": arguments.threads,
     }  # fmt: skip
     results = Results("neighbours", conditions, merge=arguments.merge, quick=arguments.quick)
-    started = time.monotonic()
-    for turn in range(arguments.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            results.add_session(name, run_session(name, batches, arguments), first=turn == 0)
-    render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return run_session(name, batches, arguments)
+
+    take_turns(names, session, results, arguments)
 
 
 if __name__ == "__main__":

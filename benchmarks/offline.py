@@ -13,67 +13,57 @@ quiet; how busy they were during it is recorded. Results: `benchmarks/results/of
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import CONTENDERS, chosen
-from benchmarks.engines import EngineFailed, EngineProcess
+from benchmarks.engines import EngineProcess
 from benchmarks.results import Results
+from benchmarks.turns import take_turns
 
 from kvarn.bench.offline import Reading, Workload, measure
 
 
-def run_session(name: str, workload: Workload, threads: int, limit: float, patience: float) -> dict[str, Any]:
-    """One contender measured once through: {"about", "load_seconds", "sample", "readings"} or {"error"}."""
+def run_session(name: str, workload: Workload, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One contender measured once through: {"about", "load_seconds", "sample", "readings"}."""
     contender = CONTENDERS[name]
     batches = tuple(batch for batch in workload.batches if batch <= contender.batches_up_to)
 
     def show(reading: Reading) -> None:
         print(f"{name:17} {reading.kind:8} {reading.size:5}  {reading.tokens_per_second:10,.1f} tokens/s", flush=True)
 
-    try:
-        with EngineProcess(name, contender, threads, limit) as engine:
-            session = engine.load()
-            print(f"{name:17} loaded in {session['load_seconds']:.1f} s", flush=True)
-            readings = measure(
-                engine.generate,
-                Workload(**{**asdict(workload), "batches": batches}),
-                on_reading=show,
-                before_run=partial(machine.wait_until_quiet, patience),
-            )
-            foreign = iter(engine.foreign[1:])  # the first batch is the warm-up
-            rows = [
-                {**reading.to_json(), "foreign_cores": [round(next(foreign), 3) for _ in reading.repeats]}
-                for reading in readings
-            ]
-            return {**session, "sample": engine.sample(), "readings": rows}
-    except (EngineFailed, FileNotFoundError) as error:
-        print(f"{name:17} failed: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    with EngineProcess(name, contender, arguments.threads, arguments.limit) as engine:
+        session = engine.load()
+        print(f"{name:17} loaded in {session['load_seconds']:.1f} s", flush=True)
+        readings = measure(
+            engine.generate,
+            replace(workload, batches=batches),
+            on_reading=show,
+            before_run=partial(machine.wait_until_quiet, arguments.patience),
+        )
+        foreign = iter(engine.foreign[1:])  # the first batch is the warm-up
+        rows = [
+            {**reading.to_json(), "foreign_cores": [round(next(foreign), 3) for _ in reading.repeats]}
+            for reading in readings
+        ]
+        return {**session, "sample": engine.sample(), "readings": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=3, repeats=1, limit=240.0)
-    arguments = settings.parse(parser)
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=3, repeats=1, limit=240.0))
     shape = Workload(batches=(1, 4, 16, 32, 64), repeats=arguments.repeats)
     if arguments.quick:
         shape = Workload(batches=(1, 4), input_tokens=32, output_tokens=8, prefills=(128,), repeats=1)
     names = chosen(arguments.only, CONTENDERS)
     conditions = {**asdict(shape), "rounds": arguments.rounds, "threads": arguments.threads, "model": model.NAME}
     results = Results("offline", conditions, merge=arguments.merge, quick=arguments.quick)
-    started = time.monotonic()
-    for turn in range(arguments.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            workload = Workload(**{**asdict(shape), "seed": turn})
-            session = run_session(name, workload, arguments.threads, arguments.limit, arguments.patience)
-            results.add_session(name, session, first=turn == 0)
-    render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return run_session(name, replace(shape, seed=turn), arguments)
+
+    take_turns(names, session, results, arguments)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from typing import Any
 
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import Contender
-from benchmarks.engines import EngineFailed, EngineProcess
+from benchmarks.engines import EngineProcess
 from benchmarks.results import Results
-from benchmarks.servers import ServerFailed, kvarn, resident_bytes, running
+from benchmarks.servers import kvarn, resident_bytes, running
+from benchmarks.turns import take_turns
 from benchmarks.work import shape
 
 from kvarn.bench import client
 from kvarn.bench.offline import random_prompts
 from kvarn.bench.prompts import PromptMaker
-from kvarn.errors import KvarnError
 from kvarn.simulation.report import summarize
 from kvarn.simulation.workloads import Burst, Fixed, RequestSpec, synthesize
 
@@ -77,41 +76,37 @@ def throughputs(precision: str, specs: list[RequestSpec], arguments: argparse.Na
 
 
 def run_session(precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All three figures of one precision, or {"error"}."""
+    """All three figures of one precision."""
     filling, requests, tokens = ((2, 64, 4), 4, 16) if arguments.quick else (FILLING, REQUESTS, TOKENS)
-    try:
-        starts: list[dict[str, Any]] = []
-        for _ in range(arguments.repeats):
-            machine.wait_until_quiet(arguments.patience)
-            starts.append(start_and_fill(precision, filling if not starts else (1, 64, 4), arguments.threads))
-            print(f"{precision:9} first token after {starts[-1]['start_seconds']:.1f} s, "
-                  f"{starts[-1]['resident_bytes'] / 1e6:.0f} MB resident", flush=True)  # fmt: skip
-        specs = synthesize(requests, Burst(0.0), Fixed(tokens), Fixed(tokens))
-        return {
-            "about": kvarn(f"kvarn {precision}", precision=precision).about(),
-            "start_seconds": [start["start_seconds"] for start in starts],
-            "resident_bytes": starts[0]["resident_bytes"],
-            "weight_bytes": shape().weight_bytes(precision),
-            "pool_bytes": POOL_MIB * 2**20,
-            **throughputs(precision, specs, arguments),
-        }
-    except (ServerFailed, EngineFailed, KvarnError) as error:
-        print(f"{precision:9} failed: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    starts: list[dict[str, Any]] = []
+    for _ in range(arguments.repeats):
+        machine.wait_until_quiet(arguments.patience)
+        starts.append(start_and_fill(precision, filling if not starts else (1, 64, 4), arguments.threads))
+        print(f"{precision:9} first token after {starts[-1]['start_seconds']:.1f} s, "
+              f"{starts[-1]['resident_bytes'] / 1e6:.0f} MB resident", flush=True)  # fmt: skip
+    specs = synthesize(requests, Burst(0.0), Fixed(tokens), Fixed(tokens))
+    return {
+        "about": kvarn(f"kvarn {precision}", precision=precision).about(),
+        "start_seconds": [start["start_seconds"] for start in starts],
+        "resident_bytes": starts[0]["resident_bytes"],
+        "weight_bytes": shape().weight_bytes(precision),
+        "pool_bytes": POOL_MIB * 2**20,
+        **throughputs(precision, specs, arguments),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=1, repeats=3, limit=240.0)
-    arguments = settings.parse(parser)
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=3, limit=240.0))
     conditions = {
         "model": model.NAME, "threads": arguments.threads, "rounds": arguments.rounds, "repeats": arguments.repeats,
         "concurrency": CONCURRENCY, "requests": REQUESTS, "tokens": TOKENS,
     }  # fmt: skip
     results = Results("overhead", conditions, merge=arguments.merge, quick=arguments.quick)
-    for precision in arguments.only or PRECISIONS:
-        results.add_session(f"kvarn-{precision}", run_session(precision, arguments), first=True)
-    render.render(results.path)
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return run_session(name.removeprefix("kvarn-"), arguments)
+
+    take_turns([f"kvarn-{precision}" for precision in arguments.only or PRECISIONS], session, results, arguments)
     print(results.path.with_suffix(".md").read_text())
 
 

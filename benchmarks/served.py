@@ -14,38 +14,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
-import time
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks import machine, model, render, settings
+from benchmarks import machine, model, settings
 from benchmarks.contenders import chosen
 from benchmarks.results import Results
-from benchmarks.servers import SERVERS, Running, ServerFailed, running
+from benchmarks.servers import SERVERS, Running, running
+from benchmarks.turns import take_turns
 
 from kvarn.bench import client
 from kvarn.bench.prompts import PromptMaker
-from kvarn.errors import KvarnError
 from kvarn.simulation.report import RequestRecord, summarize
 from kvarn.simulation.workloads import Burst, Fixed, RequestSpec, synthesize
 
 
 def run_session(name: str, specs: list[RequestSpec], arguments: argparse.Namespace, turn: int) -> dict[str, Any]:
     """Start one server, let it answer, put the bursts on it, stop it."""
-    try:
-        about = SERVERS[name].about()
-        machine.wait_until_quiet(arguments.patience)
-        with running(name, SERVERS[name], arguments.threads, arguments.limit) as server:
-            print(f"{name:13} first answer after {server.start_seconds:.1f} s", flush=True)
-            bursts = [
-                burst(name, server, specs, seed=1000 * turn + repeat, arguments=arguments)
-                for repeat in range(arguments.repeats)
-            ]
-        return {"about": about, "start_seconds": server.start_seconds, "bursts": bursts}
-    except (ServerFailed, FileNotFoundError, KvarnError) as error:
-        print(f"{name:13} failed: {error}", file=sys.stderr, flush=True)
-        return {"error": str(error)}
+    about = SERVERS[name].about()
+    machine.wait_until_quiet(arguments.patience)
+    with running(name, SERVERS[name], arguments.threads, arguments.limit) as server:
+        print(f"{name:13} first answer after {server.start_seconds:.1f} s", flush=True)
+        bursts = [
+            burst(name, server, specs, seed=1000 * turn + repeat, arguments=arguments)
+            for repeat in range(arguments.repeats)
+        ]
+    return {"about": about, "start_seconds": server.start_seconds, "bursts": bursts}
 
 
 def burst(
@@ -68,8 +62,7 @@ def burst(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings.add_common(parser, rounds=2, repeats=2, limit=240.0)
+    parser = settings.side_by_side(__doc__, rounds=2, repeats=2, limit=240.0)
     parser.add_argument("--requests", type=int, default=32, help="requests in a burst (default 32)")
     parser.add_argument("--within", type=float, default=1.0, help="seconds a burst is spread over (default 1)")
     parser.add_argument("--stream-rate", type=float, default=20.0, help="tokens/s a reader reads (default 20)")
@@ -86,12 +79,11 @@ def main() -> None:
         "rounds": arguments.rounds, "repeats": arguments.repeats,
     }  # fmt: skip
     results = Results("served", conditions, merge=arguments.merge, quick=arguments.quick)
-    started = time.monotonic()
-    for turn in range(arguments.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            results.add_session(name, run_session(name, specs, arguments, turn), first=turn == 0)
-    render.render(results.path)
-    print(f"{time.monotonic() - started:.0f} s; written: {results.path} and {results.path.stem}.md")
+
+    def session(name: str, turn: int) -> dict[str, Any]:
+        return run_session(name, specs, arguments, turn)
+
+    take_turns(names, session, results, arguments)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ be rounded otherwise than one, so equality is reported. Results: `benchmarks/res
 
 from __future__ import annotations
 
-import argparse
 from itertools import cycle, islice
 from typing import Any
 
-from benchmarks import machine, render
+from benchmarks import machine, render, settings
 from benchmarks.adapters.kvarn import engine_settings
 from benchmarks.results import Results
 
@@ -92,14 +91,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precision", default="auto", help="of the engine (default: what it chooses)")
-    parser.add_argument("--quick", action="store_true", help="one small batch, results to .cache/benchmarks")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.batches, arguments.repeats = [1], 1
+    arguments = settings.alone(__doc__, batches=[1, 4, 16], quick_batch=1)
     bench = Bench(arguments.precision)
     conditions = {
         "repeats": arguments.repeats, "precision": arguments.precision, "output_tokens": OUTPUT_TOKENS,

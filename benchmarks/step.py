@@ -8,10 +8,9 @@ Greedy, 128 tokens in, 128 out; only steps in which every sequence decodes are c
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import machine, render
+from benchmarks import machine, render, settings
 from benchmarks.adapters.kvarn import engine_settings
 from benchmarks.results import Results
 
@@ -59,14 +58,7 @@ def decode_seconds(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precision", default="auto", help="of the engine (default: what it chooses)")
-    parser.add_argument("--quick", action="store_true", help="one small batch, results to .cache/benchmarks")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.batches, arguments.repeats = [4], 1
+    arguments = settings.alone(__doc__, batches=[1, 16, 32], quick_batch=4)
     wait_gently()
     import torch  # after it has been told how its threads wait
 

@@ -28,22 +28,7 @@ def load(settings: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
 
 
 def engine_settings(**wanted: str) -> dict[str, Any]:
-    """EngineConfig's fields for a comparison: the precision wanted, and no speculation (prompts are random).
-
-    Raises KvarnError for a precision that this version does not have.
-    """
-    from kvarn.errors import KvarnError
-    from kvarn.serving.config import EngineConfig
-
-    fields = EngineConfig.__struct_fields__
-    if "precision" not in fields and wanted.get("precision") in ("bfloat16", "float32", "auto"):
-        wanted["dtype"] = wanted.pop("precision")
-    if "kv_dtype" not in fields and wanted.get("kv_dtype") in ("bfloat16", "auto"):
-        del wanted["kv_dtype"]
-    if "speculation" in fields:
-        wanted["speculation"] = "off"
-    if missing := set(wanted) - set(fields):
-        raise KvarnError(f"this version of kvarn has no setting {', '.join(sorted(missing))}")
+    """EngineConfig's fields for a comparison: the precision wanted, and no speculation (prompts are random)."""
     return {"model": "smollm2", "speculation": "off", **wanted}
 
 

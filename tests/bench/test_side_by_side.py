@@ -186,5 +186,7 @@ def test_the_real_engine_is_measured_in_a_process_of_its_own(
 
 def test_an_engine_that_is_not_there_is_a_result_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.peers.PEERS_DIR", tmp_path)
-    outcome = offline.run_session("vllm-bf16", offline.Workload(), threads=1, limit=5.0, patience=0.0)
-    assert "benchmarks.peers install vllm" in outcome["error"]
+    monkeypatch.setattr("sys.argv", ["offline", "--quick", "--only", "vllm-bf16"])
+    offline.main()
+    found = json.loads((results.QUICK_FOLDER / "offline.json").read_text())["engines"]["vllm-bf16"]["sessions"]
+    assert "benchmarks.peers install vllm" in found[0]["error"]
