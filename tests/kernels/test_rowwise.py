@@ -8,22 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvarn.kernels import ops, reference
+from tests.kernels.rows import CacheCase, cache_cases, dtypes, extreme_gates, gates, leading, random, seeds
 
 TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 1e-2, "rtol": 1e-2}}
 per_variant = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-seeds = st.integers(0, 2**31)
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, **TOLERANCE[expected.dtype])
-
-
-leading = st.one_of(st.just(()), st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 9), st.integers(1, 5)))
 
 
 @given(leading=leading, features=st.integers(1, 700), dtype=dtypes, seed=seeds, strided=st.booleans())
@@ -54,46 +46,18 @@ def test_add_rms_norm_adds_to_the_residual_and_norms_it(
 @given(rows=st.integers(0, 40), features=st.integers(1, 700), dtype=dtypes, seed=seeds)
 @per_variant
 def test_silu_mul_equals_reference(variant: str, rows: int, features: int, dtype: torch.dtype, seed: int) -> None:
-    gate_up = random(rows, 2 * features + 3, dtype=dtype, seed=seed)[:, : 2 * features] * 8
+    gate_up = gates(rows, features, dtype, seed)
     assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate_up))
 
 
 def test_silu_mul_of_extreme_gates(variant: str) -> None:
-    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e30]])
-    gate_up = torch.cat([gate, torch.ones_like(gate)], dim=1)
-    assert_close(ops.silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert_close(ops.silu_mul(extreme_gates()), reference.silu_mul(extreme_gates()))
 
 
-@given(
-    rows=st.integers(0, 20), kv_heads=st.integers(1, 4), group=st.integers(1, 4), eighths=st.integers(1, 32),
-    share=st.sampled_from([1.0, 0.5, 0.25]), block_size=st.integers(1, 20), dtype=dtypes, seed=seeds,
-    heads_first=st.booleans(),
-)  # fmt: skip
+@given(case=cache_cases(int8=False))
 @per_variant
-def test_rope_and_cache_equals_reference(
-    variant: str, rows: int, kv_heads: int, group: int, eighths: int, share: float, block_size: int,
-    dtype: torch.dtype, seed: int, heads_first: bool,
-) -> None:  # fmt: skip
-    dim, heads = 8 * eighths, kv_heads * group
-    g = torch.Generator().manual_seed(seed)
-    if heads_first:
-        qkv = random(heads + 2 * kv_heads, rows, dim, dtype=dtype, seed=seed).transpose(0, 1)
-    else:
-        qkv = random(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=seed).unflatten(1, (-1, dim))
-    num_blocks = rows // block_size + 2
-    pages = random(num_blocks, 2, 2, kv_heads, block_size, dim, dtype=dtype, seed=seed + 1)
-    angles = torch.rand(30, max(2, int(dim * share) // 2 * 2) // 2, generator=g) * 6
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    positions = torch.randint(0, 30, (rows,), generator=g, dtype=torch.int32)
-    slots = torch.randperm(num_blocks * block_size, generator=g)[:rows].int()
-
-    def run(kernels: object) -> tuple[torch.Tensor, torch.Tensor]:
-        mine, kv = qkv.clone(), pages.clone()
-        query, key, value = mine.split([heads, kv_heads, kv_heads], dim=1)
-        kernels.rope_and_cache(query, key, value, cos_sin, positions, kv[:, 1], slots)  # type: ignore[attr-defined]
-        return mine, kv
-
-    for got, expected in zip(run(ops), run(reference), strict=True):
+def test_rope_and_cache_equals_reference(variant: str, case: CacheCase) -> None:
+    for got, expected in zip(case.run(ops), case.run(reference), strict=True):
         assert_close(got, expected)
 
 

@@ -157,28 +157,6 @@ def test_a_seeded_request_gets_its_tokens_whatever_the_batch(dtype: torch.dtype)
     assert together == alone == run(scattered)
 
 
-def test_rows_for_output_tokens_ahead_are_drawn_as_when_their_turn_comes() -> None:
-    """Three rows of one request and two of another, their output indexes given, among a third that has one row."""
-    steps = torch.randn(3, 3, VOCAB, generator=torch.Generator().manual_seed(8)) * 2
-    requests = [
-        make_request(seed=3, top_p=0.9, min_tokens=2),
-        make_request(seed=4, temperature=0.7, logprobs=1),
-        make_request(seed=5, repetition_penalty=1.2),
-    ]
-    sampler = Sampler(VOCAB)
-    for request in requests:
-        sampler.add(request)
-    rows = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
-    logits = torch.stack([steps[index, member] for member, index in rows])
-    ahead = sampler.sample(logits, [requests[member] for member, _ in rows], [index for _, index in rows])
-    for index in range(3):
-        batch = [member for member in range(3) if (member, index) in rows]
-        sampled = sampler.sample(steps[index, batch], [requests[member] for member in batch])
-        for member, one in zip(batch, sampled, strict=True):
-            assert one == ahead[rows.index((member, index))]
-            requests[member].append(one.token)
-
-
 def test_the_same_seed_draws_anew_at_every_output_index_and_unset_seeds_differ() -> None:
     flat = torch.zeros(1, 10000)
     request = make_request(seed=9)

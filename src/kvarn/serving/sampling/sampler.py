@@ -121,20 +121,13 @@ class Sampler:
         self._states.pop(request.id, None)
         self._group = None
 
-    def sample(
-        self, logits: Tensor, requests: Sequence[Request], indexes: Sequence[int] | None = None
-    ) -> list[SampledToken]:
-        """The next token of each request, in order, from its row of `logits` [R, V] (any float type and device).
-
-        `indexes` are the output indexes that the tokens will have, by default the next one of each request. A request
-        may stand for several rows as long as neither a grammar nor penalties make one depend on the other.
-        """
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+        """The next token of each request, in order, from its row of `logits` [R, V] (any float type and device)."""
         group = self._group
         if group is None or group.requests != requests or group.device != logits.device:
             states = [self._states[request.id] for request in requests]
             group = self._group = _Group(list(requests), states, logits.shape[1], logits.device)
-        if indexes is None:
-            indexes = [request.num_outputs for request in requests]
+        indexes = [request.num_outputs for request in requests]
         edited = [row for row in group.editable if group.states[row].edited_at(indexes[row])]
         tokens = self._choose_edited(logits, group, indexes, edited) if edited else group.choose(logits, indexes)
         sampled = [SampledToken(token) for token in tokens]
