@@ -7,6 +7,7 @@ overwritten block changes the text; `continuation` says what the text must be.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.copies import CopyJob, Direction
+from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.params import SamplingParams
 
@@ -35,7 +39,9 @@ def continuation(prompt: list[int], count: int) -> list[int]:
 
 
 class PagedTextExecutor:
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, step_seconds: Callable[[], None] = lambda: None) -> None:
+        """`step_seconds` is called in every step, to let time pass."""
+        self.step_seconds = step_seconds
         self.memory = np.full((num_blocks, block_size), -1, dtype=np.int32)
         self.block_size = block_size
         self.alive: set[str] = set()
@@ -58,6 +64,7 @@ class PagedTextExecutor:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("boom")
+        self.step_seconds()
         for row in batch.rows:
             for position in range(row.request.num_computed, row.request.num_computed + row.count):
                 block = row.request.block_table[position // self.block_size]
@@ -78,18 +85,68 @@ class PagedTextExecutor:
         return [SampledToken(token) for token in tokens]
 
 
+class TextCopier:
+    """Copies between an executor's memory and slots of its own, when told to: `complete` ends the oldest job."""
+
+    def __init__(self, executor: PagedTextExecutor, num_slots: int) -> None:
+        self.executor = executor
+        self.slots = np.full((num_slots, executor.block_size), -2, dtype=np.int32)
+        self.queue: list[CopyJob] = []
+        self.ended: list[CopyJob] = []
+
+    def start(self, job: CopyJob) -> None:
+        self.queue.append(job)
+
+    def finished(self) -> list[CopyJob]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def wait(self, seconds: float) -> None:
+        if self.queue:
+            self.complete()
+
+    def complete(self, direction: Direction | None = None, *, fail: bool = False) -> None:
+        """End the oldest job (of one direction). One that fails leaves rubbish in half of what it was to fill."""
+        for job in self.queue:
+            if direction in (None, job.direction):
+                break
+        else:
+            return
+        self.queue.remove(job)
+        pairs = list(zip(job.blocks, job.slots, strict=True))
+        for block, slot in pairs[: len(pairs) // 2] if fail else pairs:
+            if job.direction is Direction.TO_HOST:
+                self.slots[slot] = self.executor.memory[block]
+            else:
+                self.executor.memory[block] = self.slots[slot]
+        job.seconds, job.error = 0.5, "made to fail" if fail else None
+        self.ended.append(job)
+
+
 def make_engine(
-    *, num_blocks: int = 64, block_size: int = 4, token_budget: int = 16, max_running: int = 8, share: bool = True
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    token_budget: int = 16,
+    max_running: int = 8,
+    share: bool = True,
+    policy: Policy | None = None,
+    host_slots: int = 0,
 ) -> Engine:
+    """With `host_slots`, an engine with a second tier that a TextCopier copies to."""
+    clock = VirtualClock()
+    executor = PagedTextExecutor(num_blocks, block_size, lambda: clock.advance(0.25) if host_slots else None)
+    cache = KVCache(num_blocks, block_size, share_prefixes=share)
     engine = Engine(
-        PagedTextExecutor(num_blocks, block_size),
-        FirstComeFirstServed(),
-        KVCache(num_blocks, block_size, share_prefixes=share),
-        VirtualClock(),
+        executor,
+        policy or FirstComeFirstServed(),
+        cache,
+        clock,
         token_budget=token_budget,
         max_running=max_running,
         max_context=10_000,
         vocab_size=VOCAB,
+        tiers=Tiers(cache, host_slots, TextCopier(executor, host_slots)) if host_slots else None,
     )
     engine._check = True
     return engine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvarn.serving.costs import Costs
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Snapshot
 
@@ -49,7 +50,7 @@ def decide(
     held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
         waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__,
-        shares_prefix=lambda id, other, tokens: (id, other) in shared,
+        shares_prefix=lambda id, other, tokens: (id, other) in shared, costs=Costs(),
     )  # fmt: skip
     return policy.decide(snapshot, 0.0)
 

@@ -1,8 +1,9 @@
 """The engine: owns every request and every KV block, and turns them into tokens one step at a time.
 
-`step` is the whole loop on one page: give up what is out of time, let the policy decide, move blocks
-accordingly, compute, hand out tokens. The policy sees a read-only snapshot, the executor sees a batch; neither
-calls back. The engine knows no sockets and no wall clock, so the same object serves and is simulated.
+`step` is the whole loop on one page: end the copies that are done, give up what is out of time, let the policy decide,
+move blocks accordingly, compute, hand out tokens, copy what is new to the host. The policy sees a read-only snapshot,
+the executor sees a batch; neither calls back. The engine knows no sockets and no wall clock, so the same object serves
+and is simulated.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from time import perf_counter
 from kvarn.errors import RequestError
 from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest, TokenLogprobs
 from kvarn.serving.clock import Clock
+from kvarn.serving.costs import Costs
 from kvarn.serving.executors.protocol import Executor
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.copies import Direction
+from kvarn.serving.kvcache.tiers import TierBooks, Tiers
 from kvarn.serving.policies.protocol import Policy, Snapshot
 from kvarn.serving.request import FinishReason, Request, RequestState
 from kvarn.serving.speculation import Speculator
 
 _log = logging.getLogger(__name__)
+
+_ALL = 2**31
+_COPY_WAIT = 0.01
+"""Seconds to wait for a copy at most when there is nothing to compute: messages are handled in between."""
 
 
 @dataclass(slots=True)
@@ -42,6 +50,9 @@ class Counters:
     """Totals since start."""
 
     preemptions: int = 0
+    """Requests taken off the device, whether or not the host had a copy."""
+    loads: int = 0
+    """Requests brought back from the host."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     drafted_tokens: int = 0
@@ -67,6 +78,7 @@ class Engine:
         max_context: int,
         vocab_size: int,
         speculator: Speculator | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.executor = executor
         self.policy = policy
@@ -78,10 +90,16 @@ class Engine:
         self.max_context = min(max_context, cache.pool.num_blocks * cache.block_size)
         self.vocab_size = vocab_size
         self.speculator = speculator
+        self.tiers = tiers
+        self.costs = Costs()
         self.counters = Counters()
+        self.wake_at = float("inf")
+        """When the policy wants to be asked again, after a step in which it had nothing computed."""
         self.waiting: list[Request] = []
+        self.loading: list[Request] = []
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
+        self._books = None if tiers is None else TierBooks(tiers, self._requests)
         self._deadlines: list[tuple[float, str]] = []
         self._ended: list[Emission] = []
         self._check = os.environ.get("KVARN_CHECK") == "1"
@@ -112,11 +130,14 @@ class Engine:
         """One step: a token for each running request that has its prompt computed, and more where drafts came true."""
         started = perf_counter()
         now = self.clock.now()
+        self._end_copies(now)
         self._expire(now)
         batch = self._schedule(now)
         self._draft(batch)
         sampled = self._compute(batch)
         self._advance(batch, sampled)
+        if self.tiers is not None:
+            self._copy(self.tiers, bool(batch.rows), self.clock.now() - now)
         emissions, self._ended = self._ended, []
         self.counters.steps += 1
         self.counters.step_seconds += perf_counter() - started
@@ -126,12 +147,33 @@ class Engine:
 
     def check(self) -> None:
         """Raise AssertionError unless queues, states and KV blocks agree."""
-        self.cache.check(self.running)
+        holders = self.running + self.loading
+        if self.tiers is None:
+            self.cache.check(holders)
+        else:
+            self.tiers.check(holders)
         assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
+        assert all(r.state is RequestState.LOADING for r in self.loading)
         assert all(r.state is RequestState.RUNNING for r in self.running)
-        assert len(self.waiting) + len(self.running) == len(self._requests)
+        assert len(self.waiting) + len(holders) == len(self._requests)
 
     # ---- the parts of a step -----------------------------------------------------------------------------
+
+    def _end_copies(self, now: float) -> None:
+        """Requests whose blocks have arrived run; one whose copy failed waits again, to be recomputed."""
+        if self.tiers is None:
+            return
+        for request, filled in self.tiers.collect():
+            self.loading.remove(request)
+            request.moved_at = now
+            if filled:
+                request.move_to(RequestState.RUNNING)
+                self.running.append(request)
+                self.counters.loads += 1
+            else:
+                self.cache.release(request)
+                request.move_to(RequestState.WAITING)
+                insort(self.waiting, request, key=_rank)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -144,8 +186,15 @@ class Engine:
         if not self._requests:
             return Batch()
         decision = self.policy.decide(self._snapshot(), now)
+        self.wake_at = decision.wake_at
         for id in decision.preempt:
             self._preempt(self._requests[id])
+        if self.tiers is not None:
+            for id in decision.offload:
+                self.tiers.mirror(self._requests[id], limit=_ALL)
+                self._preempt(self._requests[id])
+            for id in decision.load:
+                self._load(self.tiers, self._requests[id])
         batch, requests, waiting = Batch(), self._requests, RequestState.WAITING
         for id, granted in decision.grants:
             request = requests[id]
@@ -174,6 +223,22 @@ class Engine:
                 row.count, row.drafts = row.count + len(draft), len(draft)
                 self.counters.drafted_tokens += len(draft)
 
+    def _copy(self, tiers: Tiers, computed: bool, seconds: float) -> None:
+        """Copy new blocks of those who can soonest do without the device, as many as the next step has time for.
+
+        When nothing was computed, because all that there is to do hangs on copies, wait for one.
+        """
+        if not computed:
+            if tiers.copying:
+                tiers.copier.wait(_COPY_WAIT)
+            return
+        room = int(seconds / tiers.block_seconds[Direction.TO_HOST]) - tiers.blocks_in_flight[Direction.TO_HOST]
+        now = self.clock.now()
+        for request in sorted(self.running, key=lambda request: -request.reader.slack(now)):
+            if room <= 0:
+                return
+            room -= tiers.mirror(request, room)
+
     def _compute(self, batch: Batch) -> list[list[SampledToken]]:
         """Run the batch. A forward pass that raises fails the requests in it, not the engine."""
         if not batch.rows:
@@ -187,9 +252,20 @@ class Engine:
                 self._finish(row.request, FinishReason.ERROR, error=f"the forward pass failed: {error}")
             batch.rows.clear()
             return []
+        self._note_costs(batch, self.clock.now() - started)
         if self.speculator is not None and batch.decodes:
             self.speculator.cost.note(batch.num_tokens, sum(map(len, sampled)), self.clock.now() - started)
         return sampled
+
+    def _note_costs(self, batch: Batch, seconds: float) -> None:
+        rows = context = prompt_tokens = 0
+        for row in batch.rows:
+            if row.count - row.drafts > 1:
+                prompt_tokens += row.count
+            else:
+                rows += 1
+                context += row.request.num_tokens
+        self.costs.note_step(rows, context, prompt_tokens, seconds)
 
     def _advance(self, batch: Batch, sampled: list[list[SampledToken]]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
@@ -223,6 +299,7 @@ class Engine:
         if sampled.grammar_done:
             reason = FinishReason.STOP  # the text is whole, also when this was the last token it could have
         self.counters.output_tokens += 1
+        request.reader.receive(self.clock.now())
         emission = Emission(request, sampled.token, sampled.logprobs)
         if reason is None:
             self._ended.append(emission)
@@ -234,14 +311,24 @@ class Engine:
     def _admit(self, request: Request) -> None:
         del self.waiting[self._waiting_index(request)]
         request.move_to(RequestState.RUNNING)
+        request.moved_at = self.clock.now()
         self.running.append(request)
         self.cache.admit(request)
 
+    def _load(self, tiers: Tiers, request: Request) -> None:
+        """Start bringing a waiting request back from the host; nothing changes where that cannot be done now."""
+        if tiers.load(request):
+            del self.waiting[self._waiting_index(request)]
+            request.move_to(RequestState.LOADING)
+            request.moved_at = self.clock.now()
+            self.loading.append(request)
+
     def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; its tokens stay and are recomputed when it is granted time again."""
+        """Take a running request's blocks; its tokens stay, and their KV is loaded or recomputed later."""
         self.running.remove(request)
         self.cache.release(request)
         request.move_to(RequestState.WAITING)
+        request.moved_at = self.clock.now()
         request.preemptions += 1
         self.counters.preemptions += 1
         insort(self.waiting, request, key=_rank)
@@ -250,11 +337,13 @@ class Engine:
         self, request: Request, reason: FinishReason, *, error: str | None = None, emission: Emission | None = None
     ) -> None:
         """The one way out: blocks back, state forgotten, the client told."""
-        if request.state is RequestState.RUNNING:
-            self.running.remove(request)
-            self.cache.release(request)
-        else:
+        if request.state is RequestState.WAITING:
             del self.waiting[self._waiting_index(request)]
+        else:
+            (self.running if request.state is RequestState.RUNNING else self.loading).remove(request)
+            self.cache.release(request)
+        if self.tiers is not None:
+            self.tiers.forget(request)
         request.move_to(RequestState.FINISHED)
         request.finish_reason = reason
         del self._requests[request.id]
@@ -280,6 +369,9 @@ class Engine:
             shares_prefix=lambda id, other, tokens: self.cache.shares_prefix(
                 self._requests[id], self._requests[other], tokens
             ),
+            costs=self.costs,
+            loading=self.loading,
+            tiers=self._books,
         )
 
     def _waiting_index(self, request: Request) -> int:

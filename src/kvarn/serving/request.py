@@ -3,11 +3,13 @@
 One state machine, one table. A request waits until the policy grants it tokens; it then runs (prefill and
 decode are both "running": what differs is how many tokens it has left to compute) until it finishes. A
 preempted request gives its KV blocks back and waits again; its tokens are kept, so recomputing them
-(Source: vLLM's recompute preemption) gives the same continuation.
+(Source: vLLM's recompute preemption) gives the same continuation. What the host still has of its KV can be loaded
+instead: it then holds blocks, but takes no part in steps until they are filled.
 
-    WAITING --grant--> RUNNING --last token--> FINISHED
-       ^                  |
-       +-----preempt------+          cancel, deadline and faults lead to FINISHED from everywhere
+    WAITING --grant---------------> RUNNING --last token--> FINISHED
+     ^   ^ --load--> LOADING --filled--^ |
+     |   +--failed-----+                 |
+     +-----------preempt-----------------+     cancel, deadline and faults lead to FINISHED from everywhere
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.errors import IllegalTransition
+from kvarn.serving.reader import DEFAULT_RATE, Reader
 from kvarn.serving.sampling.params import SamplingParams
 
 _OUTPUT_ROOM = 256
@@ -27,6 +30,7 @@ _OUTPUT_ROOM = 256
 
 class RequestState(enum.Enum):
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -34,7 +38,11 @@ class RequestState(enum.Enum):
 _LEGAL = {
     (RequestState.WAITING, RequestState.RUNNING),
     (RequestState.RUNNING, RequestState.WAITING),
+    (RequestState.WAITING, RequestState.LOADING),
+    (RequestState.LOADING, RequestState.RUNNING),
+    (RequestState.LOADING, RequestState.WAITING),
     (RequestState.WAITING, RequestState.FINISHED),
+    (RequestState.LOADING, RequestState.FINISHED),
     (RequestState.RUNNING, RequestState.FINISHED),
 }
 
@@ -84,6 +92,10 @@ class Request:
     prefix_entry: int = 0
     """The index entry of the last of them (see kvcache.prefix); 0 is the root."""
     preemptions: int = 0
+    moved_at: float = float("-inf")
+    """When it last was admitted, loaded or preempted, on the engine's clock."""
+    reader: Reader = field(default_factory=Reader)
+    """Who reads the tokens, and how far he is."""
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -98,6 +110,7 @@ class Request:
         tenant: str = "",
         priority: int = 0,
         deadline: float = float("inf"),
+        stream_rate: float = DEFAULT_RATE,
     ) -> Request:
         tokens = np.empty(len(prompt) + min(params.max_tokens, _OUTPUT_ROOM), dtype=np.int32)
         tokens[: len(prompt)] = prompt
@@ -105,6 +118,7 @@ class Request:
         return cls(
             id=id, prompt_length=len(prompt), params=params, tokens=tokens, arrival=arrival, tenant=tenant,
             priority=priority, deadline=deadline, stop_tokens=stop_tokens, num_tokens=len(prompt),
+            reader=Reader(stream_rate),
         )  # fmt: skip
 
     def move_to(self, state: RequestState) -> None:
@@ -132,6 +146,11 @@ class Request:
     @property
     def num_outputs(self) -> int:
         return self.num_tokens - self.prompt_length
+
+    @property
+    def max_outputs(self) -> int:
+        """Output tokens it may have."""
+        return self.params.max_tokens
 
     @property
     def num_uncomputed(self) -> int:

@@ -102,10 +102,29 @@ class KVCache:
         request.num_blocks = request.num_computed = request.indexed_blocks = 0
         request.prefix_entry = ROOT
 
-    def check(self, holders: Iterable[Request]) -> None:
-        """Raise AssertionError unless pool, index and the block tables of all holders agree."""
+    def salt(self, request: Request) -> str:
+        """Whose content a request's blocks are: only equal ones of equal salt are the same."""
+        return request.tenant if self.share_prefixes else f"{request.tenant}\0{request.id}"
+
+    def hashes(self, request: Request, full_blocks: int) -> list[bytes]:
+        """Chained hashes of (at least) the first `full_blocks` blocks of a request's tokens."""
+        self._extend_hashes(request, full_blocks)
+        return request.block_hashes
+
+    def fill(self, request: Request, blocks: int) -> None:
+        """So many blocks after those computed have got their content from elsewhere."""
+        request.num_computed += blocks * self.block_size
+        self.commit(request)
+
+    def check(self, holders: Iterable[Request], also_held: Iterable[int] = ()) -> None:
+        """Raise AssertionError unless pool, index and the block tables of all holders agree.
+
+        `also_held`: blocks that copies reference.
+        """
         self.pool.check()
         references = [0] * self.pool.num_blocks
+        for block in also_held:
+            references[block] += 1
         for request in holders:
             assert self.blocks_for(request.num_computed) <= request.num_blocks, f"{request.id}: KV without a block"
             for block in request.blocks:
@@ -126,7 +145,7 @@ class KVCache:
     def _extend_hashes(self, request: Request, full_blocks: int) -> None:
         if len(request.block_hashes) < full_blocks:
             tokens = request.tokens[: full_blocks * self.block_size]
-            request.block_hashes = chain_hashes(tokens, self.block_size, request.tenant, request.block_hashes)
+            request.block_hashes = chain_hashes(tokens, self.block_size, self.salt(request), request.block_hashes)
 
 
 _UNSHARED = ROOT - 1

@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
+class ReaderView(Protocol):
+    """Who reads a request's tokens (kvarn.serving.reader.Reader satisfies it)."""
+
+    @property
+    def rate(self) -> float: ...
+    @property
+    def started(self) -> bool: ...
+    def slack(self, now: float) -> float: ...
+    def buffer(self, now: float) -> int: ...
+
+
 class RequestView(Protocol):
     """A request, read only (kvarn.serving.request.Request satisfies it)."""
 
@@ -30,6 +41,44 @@ class RequestView(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    @property
+    def moved_at(self) -> float: ...
+    @property
+    def max_outputs(self) -> int: ...
+    @property
+    def reader(self) -> ReaderView: ...
+
+
+class CostView(Protocol):
+    """What things have lately cost, in seconds (kvarn.serving.costs.Costs satisfies it)."""
+
+    def decode_seconds(self, rows: int, context: int) -> float: ...
+    def prefill_seconds(self, tokens: int) -> float: ...
+
+
+class TierView(Protocol):
+    """What the engine knows of KV on the host."""
+
+    @property
+    def coming_blocks(self) -> int:
+        """Blocks that nobody uses any more and that come free when copies under way have ended."""
+        ...
+
+    def loadable_tokens(self, id: str) -> int:
+        """Leading tokens of a waiting request that device and host hold together."""
+        ...
+
+    def unmirrored_blocks(self, id: str) -> int:
+        """Full blocks of a running request without a copy on the host, finished or under way."""
+        ...
+
+    def write_seconds(self, blocks: int) -> float:
+        """Until so many more blocks would be on the host, behind what is queued already."""
+        ...
+
+    def read_seconds(self, blocks: int) -> float:
+        """Until so many more blocks would be back on the device, behind what is queued already."""
+        ...
 
 
 class PrefixHitView(Protocol):
@@ -61,6 +110,12 @@ class Snapshot:
     shares_prefix: Callable[[str, str, int], bool]
     """Whether so many first tokens of the waiting request (first id) will be cached once the other's are computed."""
 
+    costs: CostView
+    loading: Sequence[RequestView] = ()
+    """Requests whose blocks are on their way back from the host: they hold device blocks and run when filled."""
+    tiers: TierView | None = None
+    """None without a host tier."""
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
@@ -74,10 +129,20 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Preempt first, then compute the grants together. A grant to a waiting request admits it."""
+    """In this order: take requests off the device, bring others back, compute the grants together.
+
+    A grant to a waiting request admits it, with what the device still holds of it; the rest is recomputed.
+    """
 
     preempt: tuple[str, ...] = ()
+    """Running requests that give their blocks back now; what has no copy on the host is lost."""
     grants: tuple[Grant, ...] = ()
+    offload: tuple[str, ...] = ()
+    """As preempt, but blocks without a copy are copied first, and come free when that is done."""
+    load: tuple[str, ...] = ()
+    """Waiting requests to bring back from the host; ignored where that cannot be done now."""
+    wake_at: float = float("inf")
+    """When to decide again at the latest, if nothing was granted and nothing else happens."""
 
 
 class Policy(Protocol):

@@ -1,0 +1,128 @@
+"""Which block of KV lies in which slot of host memory: the second tier's books. Holds no memory itself.
+
+Slots are found by content, as in the prefix index: by a hash chained over all tokens before, and a match compares the
+tokens themselves. So blocks that requests share are kept once, and what a finished request leaves is a prefix cache.
+
+    reserve: FREE or evicted -> WRITING (pinned by the copy)     written: WRITING -> CLEAN     drop: any -> FREE
+
+CLEAN entries that nobody pins may be evicted, the least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(slots=True, eq=False)
+class HostEntry:
+    """One slot's content: the tokens of a block, after those of its parent."""
+
+    slot: int
+    hash: bytes
+    parent: bytes
+    """Hash of the block before; empty for a first block."""
+    tokens: bytes
+    salt: str
+    clean: bool = False
+    """Whether the copy is complete."""
+    pins: int = 0
+    lost: bool = False
+    """Dropped: its slot belongs to somebody else by now."""
+
+
+class HostIndex:
+    """Entries of `num_slots` slots."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._by_hash: dict[bytes, HostEntry] = {}
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self.evictions = 0
+
+    @property
+    def num_available(self) -> int:
+        """Slots a reservation may take: free ones, and those of entries that may be evicted."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_entries(self) -> int:
+        return len(self._by_hash)
+
+    def find(self, key: bytes, parent: bytes, tokens: bytes, salt: str) -> HostEntry | None:
+        """The entry of exactly this block, complete or still being written."""
+        entry = self._by_hash.get(key)
+        if entry is None or entry.parent != parent or entry.salt != salt or entry.tokens != tokens:
+            return None
+        return entry
+
+    def match(
+        self, hashes: Sequence[bytes], tokens: NDArray[np.int32], block_size: int, salt: str, first: int
+    ) -> list[HostEntry]:
+        """Complete entries of the blocks from number `first` on, up to the first that is missing."""
+        found = []
+        for i in range(first, len(hashes)):
+            content = tokens[i * block_size : (i + 1) * block_size].tobytes()
+            entry = self.find(hashes[i], hashes[i - 1] if i else b"", content, salt)
+            if entry is None or not entry.clean:
+                break
+            found.append(entry)
+        return found
+
+    def reserve(self, key: bytes, parent: bytes, tokens: bytes, salt: str) -> HostEntry | None:
+        """A slot for a block that is to be written, pinned once; None when every slot is pinned, or the key taken."""
+        if key in self._by_hash:
+            return None
+        if self._free:
+            slot = self._free.pop()
+        elif self._idle:
+            evicted, _ = self._idle.popitem(last=False)
+            entry = self._by_hash.pop(evicted)
+            entry.lost, slot = True, entry.slot
+            self.evictions += 1
+        else:
+            return None
+        made = self._by_hash[key] = HostEntry(slot, key, parent, tokens, salt, pins=1)
+        return made
+
+    def written(self, entry: HostEntry) -> None:
+        """The copy is complete; its pin is given back."""
+        entry.clean = True
+        self.unpin(entry)
+
+    def drop(self, entry: HostEntry) -> None:
+        """The copy failed, or its content cannot be read: forget it. Pins of others no longer count."""
+        if entry.lost:
+            return
+        del self._by_hash[entry.hash]
+        self._idle.pop(entry.hash, None)
+        entry.lost = True
+        self._free.append(entry.slot)
+
+    def pin(self, entry: HostEntry) -> None:
+        """Keep an entry until it is unpinned as often."""
+        if entry.pins == 0:
+            del self._idle[entry.hash]
+        entry.pins += 1
+
+    def unpin(self, entry: HostEntry) -> None:
+        """One pin less; an entry without pins may be evicted."""
+        if entry.lost:
+            return
+        entry.pins -= 1
+        if entry.pins == 0:
+            self._idle[entry.hash] = None
+
+    def check(self) -> None:
+        """Raise AssertionError unless every slot is in exactly one place."""
+        slots = [entry.slot for entry in self._by_hash.values()]
+        assert sorted(self._free + slots) == list(range(self.num_slots)), "slots are lost or used twice"
+        idle = {entry.hash for entry in self._by_hash.values() if entry.pins == 0}
+        assert idle == set(self._idle), "idle entries and pins disagree"
+        assert all(entry.clean or entry.pins for entry in self._by_hash.values()), "an incomplete entry has no copy"
+        assert not any(entry.lost for entry in self._by_hash.values()), "a lost entry is indexed"

@@ -1,0 +1,212 @@
+"""Two tiers under an executor that notices any wrong block, whatever is preempted, copied, lost or cancelled when."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarn.serving.kvcache.copies import Direction
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Decision, Snapshot
+from kvarn.serving.request import RequestState
+
+from .paged_text import continuation, make_engine, make_request, run
+
+PROMPTS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2), st.integers(1, 24)), min_size=1, max_size=10)
+
+
+def _prompt(length: int, family: int) -> list[int]:
+    return [(family * 101 + i * 7) % 900 for i in range(length)]
+
+
+class Whims:
+    """First come first served, which also preempts, offloads, loads and pauses as it likes."""
+
+    def __init__(self, rng: random.Random, often: float) -> None:
+        self.rng = rng
+        self.often = often
+        self.usual = FirstComeFirstServed()
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        assert snapshot.tiers is not None
+        if self.rng.random() > self.often:
+            return self.usual.decide(snapshot, now)
+        shuffled = list(snapshot.running)
+        self.rng.shuffle(shuffled)
+        preempt = [view.id for view in shuffled[:1]]
+        offload = [view.id for view in shuffled[1:3]]
+        load = [view.id for view in snapshot.waiting if self.rng.random() < 0.5]
+        for view in snapshot.waiting:
+            assert 0 <= snapshot.tiers.loadable_tokens(view.id) < view.num_tokens
+        assert snapshot.tiers.coming_blocks >= 0
+        return Decision(preempt=tuple(preempt), offload=tuple(offload), load=tuple(load))
+
+
+class Dropped:
+    """Preempts everybody at given steps; else first come first served, loading whom it can."""
+
+    def __init__(self, offload_at: set[int], *, load: bool) -> None:
+        self.offload_at = offload_at
+        self.load = load
+        self.usual = FirstComeFirstServed()
+        self.asked = 0
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        assert snapshot.tiers is not None
+        self.asked += 1
+        if self.asked in self.offload_at:
+            return Decision(offload=tuple(view.id for view in snapshot.running))
+        if snapshot.loading:
+            return Decision()
+        back = [
+            view.id
+            for view in snapshot.waiting
+            if snapshot.tiers.loadable_tokens(view.id) > snapshot.prefix_hit(view.id).tokens
+        ]
+        if self.load and back and not snapshot.running:
+            return Decision(load=tuple(back))
+        return self.usual.decide(snapshot, now)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    PROMPTS,
+    st.integers(16, 40),
+    st.integers(1, 40),
+    st.floats(0, 0.6),
+    st.floats(0, 0.3),
+    st.booleans(),
+    st.integers(0),
+)
+def test_text_is_right_whatever_is_moved_lost_or_cancelled(prompts, num_blocks, slots, often, failing, share, seed):
+    """Law: tiers of any size, copies of any speed and failures never change a text, lose a block or stop the engine."""
+    rng = random.Random(seed)
+    engine = make_engine(num_blocks=num_blocks, share=share, policy=Whims(rng, often), host_slots=slots)
+    copier = engine.tiers.copier
+    coming = [make_request(f"r{i}", _prompt(length, f), count) for i, (length, f, count) in enumerate(prompts)]
+    expected = {r.id: continuation(r.tokens[: r.prompt_length].tolist(), r.params.max_tokens) for r in coming}
+    texts: dict[str, list[int]] = {request.id: [] for request in coming}
+    cancelled = set()
+    for step in range(3000):
+        if step > 400:
+            engine.policy.often = 0.0  # whims for ever could keep it from ever ending
+        if coming and rng.random() < 0.5:
+            engine.add(coming.pop())
+        if not coming and not engine.has_work:
+            break
+        engine.clock.advance(1.0)
+        for emission in engine.step():
+            texts[emission.request.id] += [] if emission.token is None else [emission.token]
+        while rng.random() < 0.5:
+            copier.complete(rng.choice(list(Direction)), fail=rng.random() < failing)
+        if rng.random() < 0.02 and engine.has_work:
+            cancelled.add(id := rng.choice(list(engine._requests)))
+            engine.cancel(id)
+    assert not engine.has_work
+    for id, text in texts.items():
+        assert text == expected[id][: len(text)] if id in cancelled else text == expected[id]
+    while copier.queue:
+        copier.complete()
+    engine.tiers.collect()
+    engine.tiers.check([])
+    assert engine.cache.pool.num_active == 0
+    assert engine.tiers.host.num_available == slots
+
+
+def test_what_comes_back_from_the_host_is_not_computed_again():
+    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({12}, load=True))
+    prompt = _prompt(30, 0)
+    engine.add(make_request("a", prompt, 20))
+    for _ in range(12):
+        engine.clock.advance(1.0)
+        engine.step()
+    assert engine.waiting and not engine.running
+    while engine.tiers.copier.queue:
+        engine.tiers.copier.complete()
+    engine._end_copies(engine.clock.now())
+    evicted = engine.cache.pool.allocate(16)  # somebody else uses all of the device meanwhile
+    engine.cache.pool.release(evicted, keep=lambda block: False)
+    before = engine.executor.computed_tokens
+    assert run(engine)["a"] == continuation(prompt, 20)[11:]
+    assert engine.counters.loads == 1
+    # 30 + 11 tokens were known, 40 of them in full blocks: one is left to compute, then one a token.
+    assert engine.executor.computed_tokens - before == 1 + 8
+
+
+def test_blocks_being_copied_are_nobodys_until_the_copy_has_ended():
+    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({2}, load=False))
+    engine.tiers.block_seconds = dict.fromkeys(Direction, 100.0)  # too slow to copy anything ahead
+    engine.tiers.copier.wait = lambda seconds: None
+    engine.add(make_request("a", _prompt(30, 0), 20))
+    engine.step()
+    assert engine.tiers.unmirrored(engine.running[0]) == 7
+    engine.step()  # offloads
+    assert engine.waiting and engine.cache.pool.num_active == 7
+    engine.tiers.copier.complete()
+    engine.tiers.collect()
+    assert engine.cache.pool.num_active == 0 and engine.tiers.host.num_entries == 7
+
+
+def test_without_room_on_the_host_requests_are_recomputed():
+    engine = make_engine(num_blocks=40, host_slots=1, token_budget=64, policy=Dropped({5, 9}, load=True))
+    for i in range(3):
+        engine.add(make_request(f"r{i}", _prompt(20, i), 10))
+    assert run(engine) == {f"r{i}": continuation(_prompt(20, i), 10) for i in range(3)}
+    assert engine.tiers.host.num_entries <= 1
+
+
+def test_a_failed_load_is_recomputed():
+    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({6}, load=True))
+    engine.add(make_request("a", _prompt(30, 0), 12))
+    for _ in range(6):
+        engine.step()
+    copier = engine.tiers.copier
+    while copier.queue:
+        copier.complete()
+    engine._end_copies(0.0)
+    engine.cache.pool.release(engine.cache.pool.allocate(16), keep=lambda block: False)
+    texts: list[int] = []
+    for _ in range(40):
+        if not engine.has_work:
+            break
+        engine.clock.advance(1.0)
+        copier.wait = lambda seconds: copier.complete(fail=True)
+        texts += [emission.token for emission in engine.step()]
+    assert texts == continuation(_prompt(30, 0), 12)[5:]
+    assert engine.tiers.counters.failed_copies == 1 and engine.counters.loads == 0
+
+
+def test_a_request_cancelled_while_its_blocks_arrive_leaves_nothing_behind():
+    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({4}, load=True))
+    engine.add(make_request("a", _prompt(30, 0), 12))
+    copier = engine.tiers.copier
+    for _ in range(4):
+        engine.step()
+    while copier.queue:
+        copier.complete()
+    engine._end_copies(0.0)
+    engine.cache.pool.release(engine.cache.pool.allocate(16), keep=lambda block: False)
+    copier.wait = lambda seconds: None
+    engine.step()
+    assert engine.loading and engine.loading[0].state is RequestState.LOADING
+    engine.cancel("a")
+    assert engine.cache.pool.num_active > 0, "the copy still writes there"
+    copier.complete()
+    engine.step()
+    engine.tiers.check([])
+    assert engine.cache.pool.num_active == 0
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_block_that_requests_share_is_kept_once(share):
+    engine = make_engine(num_blocks=64, host_slots=64, token_budget=64, share=share)
+    for i in range(3):
+        engine.add(make_request(f"r{i}", _prompt(40, 0), 2, arrival=float(i)))
+    run(engine)
+    while engine.tiers.copier.queue:
+        engine.tiers.copier.complete()
+    engine.tiers.collect()
+    assert engine.tiers.host.num_entries == (10 if share else 30)
