@@ -206,15 +206,16 @@ def measured(
     from kvarn.models.sources import resolve
 
     config = json.loads((resolve(model).folder / "config.json").read_text())
-    generate, load_seconds = kvarn_engine(
+    engine = kvarn_engine(
         model, precision, device=str(device), cuda_graphs=graphs, max_running=max(workload.batches), token_budget=2048,
         max_context=8192 if config["max_position_embeddings"] >= 8192 else 0,
     )  # fmt: skip
     rows = []
-    for reading in measure(generate, workload):
+    for reading in measure(engine.generate, workload):
         rate = median(reading.repeats)
         rows.append({
-            "model": Path(model).name, "precision": precision, "graphs": graphs, "load_seconds": load_seconds,
+            "model": Path(model).name, "precision": precision, "graphs": graphs,
+            "load_seconds": engine.load_seconds,
             **reading.to_json(), "step_ms": reading.size / rate * 1e3 if reading.kind == "decode" else None,
             "roofline_share": roofline_share(
                 reading.kind, reading.size, rate, config, precision, limits, workload
@@ -225,7 +226,7 @@ def measured(
             f"{rate:10.1f} tokens/s  {rows[-1]['roofline_share']:.0%} of the roofline",
             flush=True,
         )
-    del generate
+    del engine
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -84,10 +84,11 @@ def test_impossible_wishes_are_refused_in_words(arguments: list[str], said: str)
 
 
 def test_offline_measures_the_real_engine() -> None:
-    arguments = "offline -b 1 -b 2 --input-tokens 8 --output-tokens 4 --prefill 16 --repeats 1 --json"
+    arguments = "offline --precision int8 -b 1 -b 2 --input-tokens 8 --output-tokens 4 --prefill 16 --repeats 1 --json"
     outcome = runner.invoke(app, arguments.split())
     assert outcome.exit_code == 0, outcome.output
     report = json.loads(outcome.stdout)
+    assert (report["precision"], report["kv_dtype"]) == ("int8", "int8"), "what it chose, not what it was asked for"
     assert [(one["kind"], one["size"]) for one in report["readings"]] == [("decode", 1), ("decode", 2), ("prefill", 16)]
     assert all(one["tokens_per_second"] > 0 for one in report["readings"])
 

@@ -112,8 +112,20 @@ def measure(
     return readings
 
 
-def kvarn_engine(model: str, precision: str, **settings: Any) -> tuple[Generate, float]:
-    """kvarn's own engine in this process as a `Generate`, and the seconds it took to load."""
+@dataclass(frozen=True)
+class KvarnEngine:
+    """kvarn's own engine in this process, and what it chose where it was asked to."""
+
+    generate: Generate
+    load_seconds: float
+    precision: str
+    """Of the weights."""
+    kv_dtype: str
+    """Of cached keys and values."""
+
+
+def kvarn_engine(model: str, precision: str, **settings: Any) -> KvarnEngine:
+    """Load kvarn's own engine; arguments as for `OfflineEngine.load`."""
     from kvarn.serving.offline import OfflineEngine
     from kvarn.serving.sampling.params import SamplingParams
 
@@ -125,4 +137,5 @@ def kvarn_engine(model: str, precision: str, **settings: Any) -> tuple[Generate,
         params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
         return [one.token_times for one in engine.generate(prompts, [params] * len(prompts))]
 
-    return generate, load_seconds
+    kv_dtype = str(engine.kv_dtype).removeprefix("torch.")
+    return KvarnEngine(generate, load_seconds, engine.spec.precision, kv_dtype)

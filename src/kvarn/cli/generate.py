@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from kvarn.cli.loading import LoadingDisplay
+from kvarn.cli.options import MODEL_HELP, CacheDType, CacheMemory, Device, Precision
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
-from kvarn.serving.config import KVDType, PrecisionChoice
 
 if TYPE_CHECKING:
     from kvarn.models.tokenizer import Tokenizer
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help='The prompt; "-" reads standard input.')] = "",
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file, or a hub id.")
-    ] = "smollm2",
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "smollm2",
     file: Annotated[Path | None, typer.Option(help="One prompt a line, all generated in one batch.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
@@ -33,12 +31,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same text; -1: random.")] = -1,
-    precision: Annotated[
-        PrecisionChoice, typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.")
-    ] = "auto",
-    kv_dtype: Annotated[KVDType, typer.Option(help="Of cached keys and values: auto, bfloat16 or int8.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    kv_memory: Annotated[str, typer.Option(help="Memory of the KV cache, such as 2GiB.")] = "0",
+    precision: Precision = "auto",
+    kv_dtype: CacheDType = "auto",
+    device: Device = "cpu",
+    kv_memory: CacheMemory = "0",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
 ) -> None:
     """Generate from PROMPT with a model in this process."""

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kvarn.cli.loading import LoadingDisplay
+from kvarn.cli.options import AsJson, Model
 from kvarn.cli.sizes import format_bytes
 from kvarn.errors import ModelError
 from kvarn.models.config import read_config, read_json
 
 app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
-
-_JSON = typer.Option("--json", help="Print JSON.")
 
 
 @app.command()
@@ -33,7 +32,7 @@ def pull(name: Annotated[str, typer.Argument(help="smollm2, a .gguf file, or a h
 
 
 @app.command("list")
-def list_command(as_json: Annotated[bool, _JSON] = False) -> None:
+def list_command(as_json: AsJson = False) -> None:
     """Models that can be served without a download."""
     from kvarn.models.sources import list_models
 
@@ -49,8 +48,8 @@ def list_command(as_json: Annotated[bool, _JSON] = False) -> None:
 
 @app.command()
 def inspect(
-    name: Annotated[str, typer.Argument(help="smollm2, a folder, a .gguf file, or a hub id.")],
-    as_json: Annotated[bool, _JSON] = False,
+    name: Model,
+    as_json: AsJson = False,
 ) -> None:
     """Size, shape and memory needs of a model, without loading its weights."""
     from kvarn.models.sources import resolve

@@ -4,97 +4,65 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from kvarn.cli.loading import LoadingDisplay
+from kvarn.cli.options import ENGINE_PANEL, CacheDType, CacheMemory, Device, Model, Precision
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import EngineConfig, KVDType, PolicyName, PrecisionChoice, Speculation
+from kvarn.serving.config import EngineConfig, PolicyName, Speculation
 
-_ENGINE, _LIMITS, _SERVER = "Engine", "Limits", "Server"
+_ENGINE = EngineConfig()
+_SERVER = ServerConfig()
+
+
+def _option(panel: str) -> Callable[..., Any]:
+    return partial(typer.Option, rich_help_panel=panel)
+
+
+_server, _engine, _limits = _option("Server"), _option(ENGINE_PANEL), _option("Limits")
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="smollm2, a Hugging Face folder, a .gguf file, or a hub id.")
-    ] = "smollm2",
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", rich_help_panel=_SERVER)] = 8000,
-    served_name: Annotated[
-        str, typer.Option(help="Model name that clients use [dim](default: the model's)[/].", rich_help_panel=_SERVER)
-    ] = "",
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Accept only requests with this bearer key; repeatable.", rich_help_panel=_SERVER),
-    ] = None,
+    model: Model = _ENGINE.model,
+    host: Annotated[str, _server(help="Address to listen on.")] = _SERVER.host,
+    port: Annotated[int, _server(help="Port to listen on; 0 picks a free one.")] = _SERVER.port,
+    served_name: Annotated[str, _server(help="Model name that clients use [dim](default: the model's)[/].")] = "",
+    api_key: Annotated[list[str] | None, _server(help="Accept only requests with this bearer key; repeatable.")] = None,
     api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with one API key a line (also: KVARN_API_KEYS, comma separated).", rich_help_panel=_SERVER
-        ),
+        Path | None, _server(help="File with one API key a line (also: KVARN_API_KEYS, comma separated).")
     ] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Append one JSON line per finished request.", rich_help_panel=_SERVER)
-    ] = None,
-    record_content: Annotated[
-        bool, typer.Option("--record-content", help="Record token ids (the text!) as well.", rich_help_panel=_SERVER)
-    ] = False,
-    access_log: Annotated[
-        bool, typer.Option("--access-log", help="Log every HTTP request.", rich_help_panel=_SERVER)
-    ] = False,
-    precision: Annotated[
-        PrecisionChoice,
-        typer.Option(help="Of the weights: auto, float32, bfloat16, int8 or int4.", rich_help_panel=_ENGINE),
-    ] = "auto",
-    kv_dtype: Annotated[
-        KVDType, typer.Option(help="Of cached keys and values: auto, bfloat16 or int8.", rich_help_panel=_ENGINE)
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=_ENGINE)] = "cpu",
-    policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
-    threads: Annotated[
-        int, typer.Option(help="Compute threads; 0: all processors allowed to us.", rich_help_panel=_ENGINE)
-    ] = 0,
-    kv_memory: Annotated[
-        str,
-        typer.Option(
-            help="Memory of the KV cache, such as 2GiB; 0: a quarter of free memory.", rich_help_panel=_ENGINE
-        ),
-    ] = "0",
-    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.", rich_help_panel=_ENGINE)] = 16,
-    token_budget: Annotated[
-        int, typer.Option(help="Tokens computed per step; longer prompts go in chunks.", rich_help_panel=_ENGINE)
-    ] = EngineConfig.__struct_defaults__[EngineConfig.__struct_fields__.index("token_budget")],
-    prefill_budget: Annotated[
-        int, typer.Option(help="Prompt tokens in a step that others' readers wait for.", rich_help_panel=_ENGINE)
-    ] = EngineConfig.__struct_defaults__[EngineConfig.__struct_fields__.index("prefill_budget")],
+    record: Annotated[Path | None, _server(help="Append one JSON line per finished request.")] = None,
+    record_content: Annotated[bool, _server("--record-content", help="Record token ids (the text!) as well.")] = False,
+    access_log: Annotated[bool, _server("--access-log", help="Log every HTTP request.")] = False,
+    precision: Precision = _ENGINE.precision,
+    kv_dtype: CacheDType = _ENGINE.kv_dtype,
+    device: Device = _ENGINE.device,
+    policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = _ENGINE.policy,
+    threads: Annotated[int, _engine(help="Compute threads; 0: all processors allowed to us.")] = _ENGINE.threads,
+    kv_memory: CacheMemory = "0",
+    block_size: Annotated[int, _engine(help="Tokens in a KV block.")] = _ENGINE.block_size,
+    token_budget: Annotated[int, _engine(help="Tokens a step computes; longer prompts go in chunks.")] = _ENGINE.token_budget
+    prefill_budget: Annotated[int, _engine(help="Prompt tokens a step may make readers wait for.")] = _ENGINE.prefill_budget
     speculation: Annotated[
-        Speculation,
-        typer.Option(help="Draft where text repeats: off, ngram, auto (where it pays).", rich_help_panel=_ENGINE),
-    ] = "auto",
-    draft_tokens: Annotated[int, typer.Option(help="Tokens drafted at a time at most.", rich_help_panel=_ENGINE)] = 8,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Reuse the KV cache of equal prefixes.", rich_help_panel=_ENGINE)
-    ] = True,
-    max_context: Annotated[
-        int, typer.Option(help="Tokens of prompt + output; 0: the model's.", rich_help_panel=_LIMITS)
-    ] = 0,
-    max_running: Annotated[int, typer.Option(help="Requests in one batch.", rich_help_panel=_LIMITS)] = 128,
-    max_queued: Annotated[
-        int, typer.Option(help="Requests that may wait before others get 429.", rich_help_panel=_LIMITS)
-    ] = 512,
-    max_concurrent: Annotated[int, typer.Option(help="Requests in flight at once.", rich_help_panel=_LIMITS)] = 1024,
-    max_body: Annotated[str, typer.Option(help="Largest request body.", rich_help_panel=_LIMITS)] = "16MiB",
-    request_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a request is given up.", rich_help_panel=_LIMITS)
-    ] = 600.0,
-    drain_seconds: Annotated[
-        float, typer.Option(help="Seconds that running requests get to finish after SIGTERM.", rich_help_panel=_LIMITS)
-    ] = 30.0,
+        Speculation, _engine(help="Draft where text repeats: off, ngram, auto (where it pays).")
+    ] = _ENGINE.speculation,
+    draft_tokens: Annotated[int, _engine(help="Tokens drafted at a time at most.")] = _ENGINE.draft_tokens,
+    prefix_cache: Annotated[bool, _engine(help="Reuse the KV cache of equal prefixes.")] = _ENGINE.share_prefixes,
+    max_context: Annotated[int, _limits(help="Tokens of prompt + output; 0: the model's.")] = _ENGINE.max_context,
+    max_running: Annotated[int, _limits(help="Requests in one batch.")] = _ENGINE.max_running,
+    max_queued: Annotated[int, _limits(help="Requests that may wait before others get 429.")] = _SERVER.max_queued,
+    max_concurrent: Annotated[int, _limits(help="Requests in flight at once.")] = _SERVER.max_concurrent,
+    max_body: Annotated[str, _limits(help="Largest request body.")] = "16MiB",
+    request_timeout: Annotated[float, _limits(help="Seconds a request may take.")] = _SERVER.request_timeout
+    drain_seconds: Annotated[float, _limits(help="Seconds to finish requests after SIGTERM.")] = _SERVER.drain_seconds
 ) -> None:
     """Serve MODEL to any OpenAI client.
 

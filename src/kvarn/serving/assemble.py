@@ -39,6 +39,8 @@ class LoadedEngine:
     engine: Engine
     spec: ModelSpec
     folder: Path
+    kv_dtype: torch.dtype
+    """Of cached keys and values."""
 
 
 def load_engine(
@@ -84,7 +86,7 @@ def load_engine(
         speculator=_speculator(config),
     )
     progress("ready", 1.0)
-    return LoadedEngine(engine, spec, files.folder)
+    return LoadedEngine(engine, spec, files.folder, kv_dtype)
 
 
 def _speculator(config: EngineConfig) -> Speculator | None:

@@ -35,6 +35,7 @@ class OfflineEngine:
         self.engine = loaded.engine
         self.spec = loaded.spec
         self.folder = loaded.folder
+        self.kv_dtype = loaded.kv_dtype
         self._count = 0
 
     @classmethod
