@@ -49,8 +49,8 @@ def serve(
     threads: Annotated[int, _engine(help="Compute threads; 0: all processors allowed to us.")] = _ENGINE.threads,
     kv_memory: CacheMemory = "0",
     block_size: Annotated[int, _engine(help="Tokens in a KV block.")] = _ENGINE.block_size,
-    token_budget: Annotated[int, _engine(help="Tokens a step computes; longer prompts go in chunks.")] = _ENGINE.token_budget
-    prefill_budget: Annotated[int, _engine(help="Prompt tokens a step may make readers wait for.")] = _ENGINE.prefill_budget
+    token_budget: Annotated[int, _engine(help="Tokens a step; longer prompts go in chunks.")] = _ENGINE.token_budget,
+    prefill_budget: Annotated[int, _engine(help="Prompt tokens that readers may wait for.")] = _ENGINE.prefill_budget,
     speculation: Annotated[
         Speculation, _engine(help="Draft where text repeats: off, ngram, auto (where it pays).")
     ] = _ENGINE.speculation,
@@ -61,8 +61,8 @@ def serve(
     max_queued: Annotated[int, _limits(help="Requests that may wait before others get 429.")] = _SERVER.max_queued,
     max_concurrent: Annotated[int, _limits(help="Requests in flight at once.")] = _SERVER.max_concurrent,
     max_body: Annotated[str, _limits(help="Largest request body.")] = "16MiB",
-    request_timeout: Annotated[float, _limits(help="Seconds a request may take.")] = _SERVER.request_timeout
-    drain_seconds: Annotated[float, _limits(help="Seconds to finish requests after SIGTERM.")] = _SERVER.drain_seconds
+    request_timeout: Annotated[float, _limits(help="Seconds a request may take.")] = _SERVER.request_timeout,
+    drain_seconds: Annotated[float, _limits(help="Seconds to finish requests after SIGTERM.")] = _SERVER.drain_seconds,
 ) -> None:
     """Serve MODEL to any OpenAI client.
 
