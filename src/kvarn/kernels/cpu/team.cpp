@@ -3,6 +3,7 @@
 #include <sched.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace kvarn {
@@ -12,10 +13,24 @@ using Clock = std::chrono::steady_clock;
 constexpr uint64_t kOver = ~0ull;          // the phase in which helpers go home
 constexpr int kSpins = 2000;               // some 30 us; phases follow each other faster
 constexpr auto kStall = std::chrono::microseconds(500);  // tasks take tens of us: who holds one longer has lost its processor
-constexpr auto kRest = std::chrono::milliseconds(20);
-std::atomic<int64_t> rest_until{0};  // on Clock, of all teams of the process
+// How long the leader then goes on alone. One stall is a process that woke up for a moment, such as the one that sends our
+// tokens out: a long rest would cost more than it. Stall upon stall is one that stays, which every attempt to work
+// together gives a time slice: rests double.
+constexpr Clock::duration kFirstRest = std::chrono::milliseconds(2), kLongestRest = std::chrono::milliseconds(40);
+constexpr Clock::duration kAgain = std::chrono::milliseconds(8);  // sooner after a rest, a stall goes on from the last
 
-int64_t now() { return Clock::now().time_since_epoch().count(); }
+// Of all teams of the process, in ticks of Clock. Leaders that stall at once may lose a doubling, no more.
+std::atomic<int64_t> rest_until{0}, last_rest{0};
+
+int64_t ticks(Clock::time_point moment) { return moment.time_since_epoch().count(); }
+
+void rest_after_stall(Clock::time_point started, Clock::time_point ended) {
+  const bool again = ticks(started) - rest_until.load(std::memory_order_relaxed) < kAgain.count();
+  const int64_t longer = std::min<int64_t>(2 * last_rest.load(std::memory_order_relaxed), kLongestRest.count());
+  const int64_t rest = again ? std::max<int64_t>(longer, kFirstRest.count()) : kFirstRest.count();
+  last_rest.store(rest, std::memory_order_relaxed);
+  rest_until.store(ticks(ended) + rest, std::memory_order_relaxed);
+}
 
 // Spins while `waiting()`, then lets other threads have this processor in between.
 template <class F>
@@ -33,7 +48,7 @@ void wait(const F& waiting) {
 
 }  // namespace
 
-bool Team::resting() { return now() < rest_until.load(std::memory_order_relaxed); }
+bool Team::resting() { return ticks(Clock::now()) < rest_until.load(std::memory_order_relaxed); }
 
 void Team::gather(Lead lead, const void* argument) {
   if (size() == 1 || resting()) return lead(*this, argument);
@@ -68,7 +83,7 @@ void Team::run(Task task, const void* argument, int64_t tasks) {
     const auto started = Clock::now();
     wait([&] { return remaining_.load(std::memory_order_acquire) > 0; });
     const auto ended = Clock::now();
-    if (ended - started > kStall) rest_until.store((ended + kRest).time_since_epoch().count());
+    if (ended - started > kStall) rest_after_stall(started, ended);
   }
   if (failed_.load(std::memory_order_acquire)) std::rethrow_exception(error_);
 }
