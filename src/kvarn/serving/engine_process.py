@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import gc
 import logging
 import os
 import queue
@@ -40,6 +39,7 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
 from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
+from kvarn.serving.settle import settle
 
 _log = logging.getLogger(__name__)
 
@@ -264,8 +264,7 @@ def main() -> int:
         return 2
     engine = loaded.engine
     outbox.send(_ready(engine, loaded.spec.precision, config.device, time.monotonic() - started))
-    gc.collect()
-    gc.freeze()
+    settle()
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     process.run()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -27,6 +26,7 @@ from kvarn.serving.api.recorder import Recorder
 from kvarn.serving.api.service import Service
 from kvarn.serving.api.supervisor import EngineSupervisor
 from kvarn.serving.api.text import ModelText
+from kvarn.serving.settle import settle
 
 _log = logging.getLogger(__name__)
 
@@ -175,9 +175,7 @@ class _Server:
     async def _announce(self, listener: socket.socket) -> None:
         await self._supervisor.first_ready.wait()
         link = self._supervisor.link
-        # Everything loaded so far stays: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
+        settle()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         what = "" if link is None or link.ready is None else f" ({link.ready.precision}, {link.ready.device})"
