@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.simulation.traces import FORMATS, load_trace
+from kvarn.simulation.traces import FORMATS, detect_format, load_trace
 from kvarn.simulation.workloads import RequestSpec, WorkloadError
 
 REAL_TRACES = Path(os.environ.get("KVARN_TRACES", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -117,3 +117,22 @@ def test_the_published_traces_load_whole() -> None:
     assert len(azure) == 8_819
     assert 3_500 < mooncake[-1].arrival < 3_600
     assert 3_400 < azure[-1].arrival < 3_500
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [
+        ('{"timestamp": 0, "input_length": 6, "output_length": 5, "hash_ids": []}', "mooncake"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens", "azure"),
+        ("\ufeffTimestamp,Model,Request tokens,Response tokens", "burstgpt"),
+        ('{"id": "a", "arrival": 1.0, "prompt_tokens": 4}', "kvarn"),
+        ('[{"id": "a"}]', "sharegpt"),
+    ],
+)
+def test_a_format_is_known_by_its_first_line(tmp_path: Path, text: str, format: str) -> None:
+    assert detect_format(write(tmp_path, text + "\n")) == format
+
+
+def test_an_unknown_format_asks_for_its_name(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="name its format"):
+        detect_format(write(tmp_path, "hello"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvarn.bench import client, offline
 from kvarn.bench.http import Endpoint
 from kvarn.bench.prompts import PromptMaker, load_tokenizer, single_token_words
 from kvarn.cli.options import AsJson, CacheDType, Model, Precision
+from kvarn.cli.runs import lengths, progress_bar, stderr, write_results
 from kvarn.errors import KvarnError
 from kvarn.simulation import plots, traces, workloads
 from kvarn.simulation.report import Report, RequestRecord, Slo, render, summarize
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server, or the engine alone.")
-_stderr = Console(stderr=True)
 
 
 class ArrivalKind(StrEnum):
@@ -107,7 +106,7 @@ def bench_serve(
     private = ("api_key", "as_json", "plot", "output")
     conditions = {key: value for key, value in vars(asked).items() if key not in private} | {"model": name}
     if output is not None:
-        _write(output, conditions, records, report)
+        write_results(output, {"conditions": conditions, **report.to_json()}, records)
     _print(report, conditions, specs, records, as_json)
     if not report.completed:
         raise typer.Exit(1)
@@ -119,8 +118,8 @@ def _specs(asked: SimpleNamespace, words: Tokenizer | None) -> list[RequestSpec]
     """What to send when: from a recorded trace, or drawn. `asked`: the options of `bench_serve`."""
     arrivals = _arrivals(asked.arrivals, asked.within, asked.rate, asked.cv)
     if asked.trace is None:
-        inputs = _lengths(asked.input_tokens, asked.input_deviation)
-        outputs = _lengths(asked.output_tokens, asked.output_deviation)
+        inputs = lengths(asked.input_tokens, asked.input_deviation)
+        outputs = lengths(asked.output_tokens, asked.output_deviation)
         return workloads.synthesize(asked.requests, arrivals, inputs, outputs, seed=asked.seed)
     count_tokens = (lambda text: len(words.encode(text).ids)) if words else None
     recorded = traces.load_trace(asked.trace, asked.trace_format.value, count_tokens)
@@ -144,7 +143,7 @@ async def _load(
         concurrency=asked.concurrency, timeout=asked.timeout,
     )  # fmt: skip
     maker = PromptMaker(asked.seed, words=single_token_words(words) if text and words else ())
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("warming up", total=None)
         await client.warm_up(load, specs[0], maker, asked.warmup)
         progress.update(task, description="requests", total=len(specs))
@@ -166,23 +165,7 @@ def _print(
     pairs = zip(records, specs, strict=True)
     short = sum(record.ok and len(record.token_times) != spec.output_tokens for record, spec in pairs)
     if short:
-        _stderr.print(f"{short} answers were not of the length asked for; does the server honour ignore_eos?")
-
-
-def _write(folder: Path, conditions: dict[str, Any], records: Sequence[RequestRecord], report: Report) -> None:
-    """report.json (conditions, figures) and requests.jsonl (a record a request, seconds from the first arrival)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        document = {"conditions": conditions, **report.to_json()}
-        (folder / "report.json").write_text(json.dumps(document, indent=2, default=str) + "\n")
-        start = min(record.arrival for record in records)
-        with (folder / "requests.jsonl").open("w") as file:
-            for record in records:
-                times = tuple(round(moment - start, 6) for moment in record.token_times)
-                shifted = replace(record, arrival=round(record.arrival - start, 6), token_times=times)
-                file.write(json.dumps(asdict(shifted)) + "\n")
-    except OSError as error:
-        raise KvarnError(f"cannot write results to {folder}: {error.strerror}") from error
+        stderr.print(f"{short} answers were not of the length asked for; does the server honour ignore_eos?")
 
 
 @app.command("offline")
@@ -202,7 +185,7 @@ def bench_offline(
     usual = offline.Workload()
     batches, prefills = tuple(batch or usual.batches), tuple(prefill or usual.prefills)
     workload = offline.Workload(batches, input_tokens, output_tokens, prefills, repeats, seed)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("loading", total=len(batches) + len(prefills))
         engine = offline.kvarn_engine(model, precision, kv_dtype=kv_dtype)
         progress.update(task, description="measuring")
@@ -224,12 +207,3 @@ def _arrivals(kind: ArrivalKind, within: float, rate: float, cv: float) -> workl
     if kind is ArrivalKind.burst:
         return workloads.Burst(within)
     return workloads.Poisson(rate) if kind is ArrivalKind.poisson else workloads.Gamma(rate, cv)
-
-
-def _lengths(mean: int, deviation: float) -> workloads.Lengths:
-    return workloads.TruncatedNormal(mean, deviation, high=max(1, 4 * mean)) if deviation else workloads.Fixed(mean)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=_stderr, transient=True)

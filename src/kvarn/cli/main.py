@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from kvarn import __version__
-from kvarn.cli import bench, chat, generate, model, serve
+from kvarn.cli import bench, chat, generate, model, serve, simulate
 from kvarn.errors import KvarnError
 from kvarn.serving.processors import wait_gently
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("simulate")(simulate.simulate)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +18,12 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.executors.torch_executor import TorchExecutor, allocate_kv
 from kvarn.serving.kvcache.cache import KVCache
-from kvarn.serving.policies.fcfs import FirstComeFirstServed
-from kvarn.serving.policies.protocol import Policy
+from kvarn.serving.policies.registry import make_policy
 from kvarn.serving.processors import usable_processors
 from kvarn.serving.sampling.grammar import GrammarFactory
 from kvarn.serving.sampling.sampler import Sampler
 from kvarn.serving.speculation import Speculator
 
-_POLICIES: dict[str, Callable[[EngineConfig], Policy]] = {
-    "fcfs": lambda config: FirstComeFirstServed(prefill_budget=config.prefill_budget)
-}
 _SHARE_OF_FREE_MEMORY = 0.25
 
 
@@ -76,7 +71,7 @@ def load_engine(
     )
     engine = Engine(
         executor,
-        _POLICIES[config.policy](config),
+        make_policy(config),
         KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes),
         clock or MonotonicClock(),
         token_budget=config.token_budget,

@@ -1,8 +1,11 @@
-"""Pictures of a run: request records in, one PNG, SVG or PDF out. Needs matplotlib (`pip install 'kvarn[plots]'`)."""
+"""Pictures of a run: request records or an engine's load in, one PNG, SVG or PDF out.
+
+Needs matplotlib (`pip install 'kvarn[plots]'`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,32 @@ def draw_run(records: Sequence[RequestRecord], path: Path, title: str = "") -> N
     if not done:
         raise KvarnError("no request completed, so there is nothing to draw")
     start = min(record.arrival for record in records)
-    figure, axes = _canvas()
+    figure, axes = _canvas(2, 2)
     _draw_ttft(axes[0][0], done)
     _draw_gaps(axes[0][1], done)
     _draw_tokens(axes[1][0], done, start)
     _draw_in_flight(axes[1][1], done, start)
     figure.suptitle(title)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise KvarnError(
-            f"cannot draw into {path}: {error}; name a .png, .svg or .pdf file that can be written"
-        ) from error
+    _save(figure, path)
+
+
+def draw_load(load: Mapping[str, NDArray[np.float64]], num_blocks: int, path: Path, title: str = "") -> None:
+    """Draw running and waiting requests and the used share of `num_blocks` KV blocks over time into `path`.
+
+    `load` has the columns times (seconds), running, waiting and active_blocks, shape (steps,) each.
+    """
+    if not len(load["times"]):
+        raise KvarnError("the engine computed nothing, so there is nothing to draw")
+    figure, axes = _canvas(2, 1)
+    times = load["times"]
+    axes[0].step(times, load["running"], where="post", color=_BLUE, label="running")
+    axes[0].step(times, load["waiting"], where="post", color=_ORANGE, label="waiting")
+    axes[0].set(title="Requests in the engine", xlabel="seconds", ylabel="requests", ylim=(0, None))
+    axes[0].legend(loc="upper right")
+    axes[1].fill_between(times, load["active_blocks"] / num_blocks, step="post", color=_BLUE, alpha=0.7)
+    axes[1].set(title="KV blocks in use", xlabel="seconds", ylabel="share of the pool", ylim=(0, 1.02))
+    figure.suptitle(title)
+    _save(figure, path)
 
 
 def running_and_queued(
@@ -52,7 +68,17 @@ def running_and_queued(
     return moments, begun - ended, arrived - begun
 
 
-def _canvas() -> tuple[Any, Any]:
+def _save(figure: Any, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise KvarnError(
+            f"cannot draw into {path}: {error}; name a .png, .svg or .pdf file that can be written"
+        ) from error
+
+
+def _canvas(rows: int, columns: int) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -60,7 +86,7 @@ def _canvas() -> tuple[Any, Any]:
         raise KvarnError("drawing needs matplotlib; install it with: pip install 'kvarn[plots]'") from error
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(2, 2)
+    return figure, figure.subplots(rows, columns)
 
 
 def _draw_ttft(axis: Any, done: Sequence[RequestRecord]) -> None:

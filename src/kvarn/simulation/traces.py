@@ -33,6 +33,21 @@ def load_trace(path: Path, format: str, count_tokens: Callable[[str], int] | Non
     return _LOADERS[format](path)
 
 
+def detect_format(path: Path) -> str:
+    """Which of `FORMATS` a file is in, by its first line; WorkloadError when it looks like none."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline(65536).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkloadError(f"cannot read {path}: {error}") from error
+    for format, signs in _SIGNS.items():
+        if all(sign in first for sign in signs):
+            return format
+    if first.startswith("["):
+        return "sharegpt"
+    raise WorkloadError(f"{path} looks like no known trace; name its format, one of {', '.join(FORMATS)}")
+
+
 def load_mooncake(path: Path) -> list[RequestSpec]:
     """Mooncake: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of chained 512-token blocks."""
 
@@ -112,6 +127,13 @@ def load_record(path: Path) -> list[RequestSpec]:
 
 _LOADERS = {"mooncake": load_mooncake, "azure": load_azure, "burstgpt": load_burstgpt, "kvarn": load_record}
 FORMATS = (*_LOADERS, "sharegpt")
+_SIGNS = {
+    "mooncake": ('"timestamp"', '"input_length"'),
+    "azure": ("TIMESTAMP", "ContextTokens"),
+    "burstgpt": ("Timestamp", "Request tokens"),
+    "kvarn": ('"arrival"', '"prompt_tokens"'),
+}
+"""What the first line of a file in each format holds."""
 
 
 def _collect(

@@ -1,9 +1,9 @@
 """Workloads: who asks for how much, when. Seeds and sizes in, a list of `RequestSpec` out, sorted by arrival.
 
-An arrival process (`Burst`, `Poisson`, `Gamma`) and two length distributions (`Fixed`, `TruncatedNormal`) make a
-synthetic workload; `kvarn.simulation.traces` reads recorded ones. The same seed gives the same workload on
-every machine; arrivals, prompt lengths and output lengths are drawn from streams of their own, so changing one
-leaves the others as they were. Nothing here knows what a request says: content is made by whoever sends it.
+An arrival process (`Burst`, `Poisson`, `Gamma`, `Diurnal`) and two length distributions (`Fixed`, `TruncatedNormal`,
+`LogNormal`) make a synthetic workload; `kvarn.simulation.traces` reads recorded ones. The same seed gives the same
+workload on every machine; arrivals, lengths and clients are drawn from streams of their own, so changing one leaves
+the others as they were. Nothing here knows what a request says: content is made by whoever sends it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class RequestSpec:
     prefix_block_tokens: int = 512
     session: str | None = None
     """Conversation or agent this request belongs to."""
+    leaves_after: float | None = None
+    """Seconds after its arrival at which the client goes, whatever it has got by then; None where it stays."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.arrival) and self.arrival >= 0):
@@ -52,6 +54,8 @@ class RequestSpec:
             )
         if self.stream_rate is not None and not self.stream_rate > 0:
             raise WorkloadError(f"stream_rate is {self.stream_rate}; expected tokens per second above 0, or None")
+        if self.leaves_after is not None and not self.leaves_after > 0:
+            raise WorkloadError(f"leaves_after is {self.leaves_after}; expected seconds above 0, or None")
 
 
 class Arrivals(Protocol):
@@ -113,6 +117,36 @@ class Poisson:
 
 
 @dataclass(frozen=True)
+class Diurnal:
+    """Days and nights, and bursts within: Gamma gaps of variation `cv` whose rate swings around `rate` as a sine.
+
+    The rate at second t is rate * (1 + swing * sin(2 pi t / period)): it rises first. Source: the shape of BurstGPT's
+    load (arXiv 2401.17644), whose arrivals follow Gamma processes of varying rate.
+    """
+
+    rate: float
+    cv: float = 2.0
+    period: float = 1200.0
+    """Seconds of one day and night."""
+    swing: float = 0.6
+    """0 is a steady rate, 1 falls to nothing at night."""
+
+    def __post_init__(self) -> None:
+        _require("rate", self.rate, self.rate > 0, "requests per second above 0")
+        _require("period", self.period, self.period > 0, "seconds above 0")
+        _require("swing", self.swing, 0 <= self.swing < 1, "a share from 0 to below 1")
+
+    def times(self, count: int, rng: np.random.Generator) -> Seconds:
+        # Steady arrivals at rate 1, then time stretched so that expected requests pass at that pace.
+        expected = Gamma(1.0, self.cv).times(count, rng)
+        pulse = self.rate * self.period * self.swing / (2 * math.pi)
+        end = (expected[-1] + 2 * pulse) / self.rate + self.period if count else 0.0
+        grid = np.linspace(0.0, end, max(1024, int(256 * end / self.period)))
+        passed = self.rate * grid + pulse * (1 - np.cos(2 * math.pi * grid / self.period))
+        return np.interp(expected, passed, grid)
+
+
+@dataclass(frozen=True)
 class Fixed:
     """Every request has the same number of tokens."""
 
@@ -147,6 +181,27 @@ class TruncatedNormal:
         return np.clip(np.rint(values), self.low, self.high).astype(np.int64)
 
 
+@dataclass(frozen=True)
+class LogNormal:
+    """Many short and few long: the logarithm is normal with deviation `sigma`; conditioned on [`low`, `high`]."""
+
+    median: float
+    sigma: float
+    low: int = 1
+    high: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        _require("sigma", self.sigma, self.sigma > 0, "a number above 0 (use Fixed for one length)")
+        _require("low", self.low, 1 <= self.low <= self.high, f"at least 1 and at most high ({self.high})")
+        _require("median", self.median, self.low <= self.median <= self.high, f"between {self.low} and {self.high}")
+
+    def draw(self, count: int, rng: np.random.Generator) -> Counts:
+        normal = NormalDist(math.log(self.median), self.sigma)
+        uniforms = rng.uniform(normal.cdf(math.log(self.low)), normal.cdf(math.log(self.high)), count)
+        values = [math.exp(normal.inv_cdf(u)) if 0.0 < u < 1.0 else self.median for u in uniforms]
+        return np.clip(np.rint(values), self.low, self.high).astype(np.int64)
+
+
 def synthesize(
     count: int,
     arrivals: Arrivals,
@@ -171,6 +226,30 @@ def with_arrivals(specs: Sequence[RequestSpec], arrivals: Arrivals, *, seed: int
     """The same requests in the same order at new times."""
     times = arrivals.times(len(specs), np.random.default_rng([seed, 0]))
     return [replace(spec, arrival=float(time)) for spec, time in zip(specs, times, strict=True)]
+
+
+def with_readers(
+    specs: Sequence[RequestSpec], classes: Sequence[tuple[float, float]], *, seed: int = 0
+) -> list[RequestSpec]:
+    """The same requests with readers drawn from `classes`: (weight, tokens per second) each."""
+    weights = np.array([weight for weight, _ in classes], dtype=np.float64)
+    _require("reader classes", list(classes), len(classes) > 0 and bool((weights > 0).all()), "weights above 0")
+    chosen = np.random.default_rng([seed, 3]).choice(len(classes), len(specs), p=weights / weights.sum())
+    return [replace(spec, stream_rate=classes[which][1]) for spec, which in zip(specs, chosen, strict=True)]
+
+
+def with_departures(
+    specs: Sequence[RequestSpec], share: float, mean_seconds: float, *, seed: int = 0
+) -> list[RequestSpec]:
+    """The same requests, of which a `share` leaves after exponentially distributed seconds, done or not."""
+    _require("share", share, 0 <= share <= 1, "a share from 0 to 1")
+    _require("mean_seconds", mean_seconds, mean_seconds > 0, "seconds above 0")
+    rng = np.random.default_rng([seed, 4])
+    leaving, patience = rng.random(len(specs)) < share, rng.exponential(mean_seconds, len(specs))
+    return [
+        replace(spec, leaves_after=max(float(seconds), 1e-3)) if leaves else spec
+        for spec, leaves, seconds in zip(specs, leaving, patience, strict=True)
+    ]
 
 
 def replay(

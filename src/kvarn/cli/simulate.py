@@ -1,0 +1,195 @@
+"""`kvarn simulate`: the engine on a virtual clock and a modelled device, under any workload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvarn.cli.runs import lengths, progress_bar, write_results
+from kvarn.cli.sizes import parse_bytes
+from kvarn.errors import KvarnError
+from kvarn.hardware.accelerators import load_accelerator
+from kvarn.hardware.models import load_model_shape
+from kvarn.serving.config import EngineConfig, KVDType, PolicyName, PrecisionChoice
+from kvarn.serving.engine import Engine
+from kvarn.simulation import plots, runner, scenarios, traces, workloads
+from kvarn.simulation.assemble import simulated_engine
+from kvarn.simulation.report import Report, Slo, render, summarize
+from kvarn.simulation.workloads import RequestSpec
+
+TraceFormat = Literal["auto", "mooncake", "azure", "burstgpt", "sharegpt", "kvarn"]
+_WORKLOAD, _DEVICE, _ENGINE, _OUTPUT = "Workload", "Device and model", "Engine", "Results"
+
+
+def simulate(
+    workload: Annotated[
+        str, typer.Option(help="burst:60, poisson:2, gamma:2,cv=3 or burstgpt:2.", rich_help_panel=_WORKLOAD)
+    ] = "burst:60",
+    trace: Annotated[Path | None, typer.Option(help="Replay this file instead.", rich_help_panel=_WORKLOAD)] = None,
+    trace_format: Annotated[TraceFormat, typer.Option(help="What it is.", rich_help_panel=_WORKLOAD)] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="sharegpt: model whose tokens count.", rich_help_panel=_WORKLOAD)
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", "-n", min=1, help="How many; all of a trace.", rich_help_panel=_WORKLOAD)
+    ] = None,
+    speed: Annotated[float, typer.Option(help="trace: replay so many times as fast.", rich_help_panel=_WORKLOAD)] = 1.0,
+    max_input: Annotated[
+        int | None, typer.Option(min=1, help="trace: cut prompts to this.", rich_help_panel=_WORKLOAD)
+    ] = None,
+    max_output: Annotated[
+        int | None, typer.Option(min=1, help="trace: cut outputs to this.", rich_help_panel=_WORKLOAD)
+    ] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Prompt length (mean).", rich_help_panel=_WORKLOAD)
+    ] = None,
+    input_deviation: Annotated[
+        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
+    ] = 0.0,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Output length (mean).", rich_help_panel=_WORKLOAD)
+    ] = None,
+    output_deviation: Annotated[
+        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
+    ] = 0.0,
+    stream_rate: Annotated[
+        float, typer.Option(min=0, help="Tokens/s read; 0: no reader.", rich_help_panel=_WORKLOAD)
+    ] = 20.0,
+    readers: Annotated[str, typer.Option(help="Mixed readers instead: 0.4:15,0.6:20.", rich_help_panel=_WORKLOAD)] = "",
+    abandon: Annotated[
+        str, typer.Option(help="Share that leaves : after mean seconds, 0.1:5.", rich_help_panel=_WORKLOAD)
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.", rich_help_panel=_WORKLOAD)] = 0,
+    hardware: Annotated[
+        str, typer.Option(help="rtx4090, a6000, a100-80, h100, h200, cpu or a profile.", rich_help_panel=_DEVICE)
+    ] = "h200",
+    model: Annotated[
+        str, typer.Option(help="llama3-8b, qwen2-7b, smollm2, ... or a folder.", rich_help_panel=_DEVICE)
+    ] = "llama3-8b",
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="Of the weights; auto: bfloat16.", rich_help_panel=_DEVICE)
+    ] = "auto",
+    kv_dtype: Annotated[KVDType, typer.Option(help="Of cached keys and values.", rich_help_panel=_DEVICE)] = "auto",
+    memory_fraction: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Memory for weights and KV.", rich_help_panel=_DEVICE)
+    ] = 0.88,
+    kv_memory: Annotated[
+        str, typer.Option(help="KV pool, like 2GiB [dim](default: by fraction)[/].", rich_help_panel=_DEVICE)
+    ] = "",
+    policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="Requests in one batch.", rich_help_panel=_ENGINE)
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens computed in one step.", rich_help_panel=_ENGINE)
+    ] = None,
+    prefill_budget: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens beside decoding.", rich_help_panel=_ENGINE)
+    ] = None,
+    max_context: Annotated[
+        int, typer.Option(min=0, help="Tokens a request may have; 0: the model's.", rich_help_panel=_ENGINE)
+    ] = 0,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=_ENGINE)] = 16,
+    share_prefixes: Annotated[bool, typer.Option(help="Reuse equal prefixes.", rich_help_panel=_ENGINE)] = True,
+    slo_ttft: Annotated[
+        float | None, typer.Option(min=0, help="Goodput: seconds to first token.", rich_help_panel=_OUTPUT)
+    ] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(min=0, help="Goodput: seconds per token.", rich_help_panel=_OUTPUT)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.", rich_help_panel=_OUTPUT)] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report and requests.", rich_help_panel=_OUTPUT)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.", rich_help_panel=_OUTPUT)] = None,
+) -> None:
+    """Run the real scheduler and KV cache on a modelled device: the report of `bench serve` in virtual time.
+
+    The same seed prints the same figures on every machine.
+    """
+    conditions = {name: value for name, value in locals().items() if name not in ("as_json", "output", "plot")}
+    device, shape = load_accelerator(hardware), load_model_shape(model)
+    if trace is not None:
+        specs = _replayed(trace, trace_format, tokenizer, workload, seed)
+        specs = workloads.replay(
+            specs, limit=requests, speed=speed, max_prompt_tokens=max_input, max_output_tokens=max_output
+        )
+    else:
+        prompt = lengths(input_tokens, input_deviation) if input_tokens else None
+        answer = lengths(output_tokens, output_deviation) if output_tokens else None
+        specs = scenarios.synthetic(workload, requests=requests, prompt=prompt, output=answer, seed=seed)
+    specs = scenarios.with_clients(specs, readers, abandon, seed=seed)
+    config = EngineConfig(
+        model=shape.name,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        policy=policy,
+        max_context=max_context,
+        max_running=max_running or device.max_running,
+        token_budget=token_budget or device.token_budget,
+        prefill_budget=prefill_budget or device.prefill_budget,
+        block_size=block_size,
+        kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory") if kv_memory else 0,
+        share_prefixes=share_prefixes,
+        speculation="off",
+    )
+    engine = simulated_engine(config, device, shape, memory_fraction=memory_fraction)
+    with progress_bar() as progress:
+        task = progress.add_task("simulating", total=len(specs))
+        done = runner.run(engine, specs, on_done=lambda record: progress.advance(task))
+    report = summarize(done.records, slo=Slo(ttft=slo_ttft, tpot=slo_tpot), stream_rate=stream_rate or None)
+    document = {"conditions": conditions, **report.to_json(), "engine": _engine_figures(engine, done.load)}
+    if output is not None:
+        write_results(output, document, done.records)
+    if as_json:
+        typer.echo(json.dumps(document, default=str))
+    else:
+        _print(report, document["engine"], f"{shape.name} on {device.title}, {policy}, simulated")
+    if not report.completed:
+        raise typer.Exit(1)
+    if plot is not None:
+        title = f"{shape.name} on {device.name}, {policy}, simulated"
+        plots.draw_run(done.records, plot / "run.png", title)
+        plots.draw_load(done.load.columns(), engine.cache.pool.num_blocks, plot / "load.png", title)
+
+
+def _replayed(trace: Path, format: str, tokenizer: str | None, workload: str, seed: int) -> list[RequestSpec]:
+    """A trace's requests; those of a file without times arrive as `workload` says."""
+    known = traces.detect_format(trace) if format == "auto" else format
+    if known != "sharegpt":
+        return traces.load_trace(trace, known)
+    if tokenizer is None:
+        raise KvarnError("a ShareGPT file holds text; name the model whose tokens count with --tokenizer")
+    from kvarn.bench.prompts import load_tokenizer
+
+    text = load_tokenizer(tokenizer)
+    specs = traces.load_trace(trace, known, lambda words: len(text.encode(words).ids))
+    return workloads.with_arrivals(specs, scenarios.WorkloadText.parse(workload).arrivals(), seed=seed)
+
+
+def _engine_figures(engine: Engine, load: runner.LoadSeries) -> dict[str, Any]:
+    """What the report of a client cannot know."""
+    return {
+        "steps": engine.counters.steps,
+        "preemptions": engine.counters.preemptions,
+        "kv_tokens": engine.cache.pool.num_blocks * engine.cache.block_size,
+        "prefix_hit_tokens": engine.cache.hit_tokens,
+        "peak_running": max(load.running, default=0),
+        "peak_waiting": max(load.waiting, default=0),
+        "peak_kv_share": max(load.active_blocks, default=0) / engine.cache.pool.num_blocks,
+    }
+
+
+def _print(report: Report, figures: dict[str, Any], title: str) -> None:
+    console = Console()
+    console.print(render(report, title=title))
+    rest = Table.grid(padding=(0, 2))
+    rest.add_row(" KV pool tokens", f"{figures['kv_tokens']:,} ({figures['peak_kv_share']:.0%} used at most)")
+    rest.add_row(" running, waiting", f"{figures['peak_running']}, {figures['peak_waiting']} at most")
+    rest.add_row(" preemptions", f"{figures['preemptions']:,} in {figures['steps']:,} steps")
+    console.print(rest)

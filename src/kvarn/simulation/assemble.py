@@ -1,0 +1,67 @@
+"""From settings and a device model to an engine on a virtual clock: the counterpart of kvarn.serving.assemble."""
+
+from __future__ import annotations
+
+from kvarn.errors import CapacityError
+from kvarn.hardware.accelerators import Accelerator
+from kvarn.hardware.models import BYTES_PER_WEIGHT, ModelShape
+from kvarn.hardware.roofline import Roofline
+from kvarn.serving.clock import VirtualClock
+from kvarn.serving.config import EngineConfig
+from kvarn.serving.engine import Engine
+from kvarn.serving.executors.simulated import SimulatedExecutor
+from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.policies.registry import make_policy
+
+_SCALE_BYTES = 4
+"""Of each row of an int8 cache."""
+
+
+def simulated_engine(
+    config: EngineConfig, accelerator: Accelerator, model: ModelShape, *, memory_fraction: float = 0.88
+) -> Engine:
+    """An engine whose clock is a `VirtualClock` and moves by modelled step times.
+
+    The KV pool has `config.kv_memory_bytes`, or what is left of `memory_fraction` of the device beside the weights.
+    Raises KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
+    """
+    config.validate()
+    precision = "bfloat16" if config.precision == "auto" else config.precision
+    roofline = Roofline(
+        accelerator, model, weight_bytes=BYTES_PER_WEIGHT[precision], kv_bytes=_kv_bytes(config, precision, model)
+    )
+    num_blocks = _count_blocks(config, roofline, memory_fraction)
+    clock = VirtualClock()
+    return Engine(
+        SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
+        make_policy(config),
+        KVCache(num_blocks, config.block_size, share_prefixes=config.share_prefixes),
+        clock,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        max_context=config.max_context or model.max_context,
+        vocab_size=model.vocabulary,
+    )
+
+
+def _kv_bytes(config: EngineConfig, precision: str, model: ModelShape) -> float:
+    """Bytes of one element of the KV cache, by the rule of EngineConfig.kv_dtype."""
+    if config.kv_dtype == "int8" or (config.kv_dtype == "auto" and precision in ("int8", "int4")):
+        return 1.0 + _SCALE_BYTES / model.head_dim
+    return 4.0 if precision == "float32" else 2.0
+
+
+def _count_blocks(config: EngineConfig, roofline: Roofline, memory_fraction: float) -> int:
+    if config.kv_memory_bytes:
+        tokens = int(config.kv_memory_bytes // roofline.model.kv_bytes_per_token(roofline.kv_bytes))
+    else:
+        tokens = roofline.kv_tokens(memory_fraction)
+    if tokens < config.block_size:
+        weights = roofline.model.num_weights * roofline.weight_bytes / 1e9
+        memory = roofline.accelerator.memory_bytes / 1e9
+        raise CapacityError(
+            f"no KV block fits: {roofline.model.name} has {weights:.1f} GB of weights, and {memory_fraction:.0%} of "
+            f"{roofline.accelerator.name}'s {memory:.1f} GB may be used: raise --memory-fraction or --kv-memory, take "
+            "a smaller --precision, or larger hardware"
+        )
+    return tokens // config.block_size
