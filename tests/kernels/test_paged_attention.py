@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvarn.kernels import ops, reference
 from tests.kernels.paged import PagedCase, Sequence, make_case, paged_cases
@@ -41,6 +42,46 @@ def assert_like_reference(case: PagedCase) -> None:
 def test_native_equals_reference(variant: str, case: PagedCase) -> None:
     """Whatever the shapes, strides, dtype, holes, order of slots, window, cap and sinks."""
     assert_like_reference(case)
+
+
+def relative_error(case: PagedCase) -> float:
+    expected = case.run(reference.paged_attention, torch.float32)
+    return float((case.run(ops.paged_attention).float() - expected).norm() / expected.norm())
+
+
+@given(
+    rows=st.integers(20, 200),
+    before=st.integers(0, 200),
+    group=st.integers(1, 5),
+    head_dim=st.sampled_from([64, 80, 128]),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(per_variant, max_examples=30)
+def test_a_prompt_over_an_int8_cache_keeps_two_digits(
+    variant: str, rows: int, before: int, group: int, head_dim: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """Wherever the rows begin. A query's rounding moves a logit of size 1 by about 0.01, a weight's moves it less."""
+    case = make_case(
+        [Sequence(before + rows, rows)], dtype=dtype, kv_heads=2, group=group, head_dim=head_dim, block_size=16,
+        holes=0.0, permuted=False, fused=True, seed=rows, options={"window": window} if window else {}, int8=True,
+    )  # fmt: skip
+    case.tensors["positions"] = torch.arange(before, before + rows, dtype=torch.int32)
+    assert relative_error(case) < 0.02
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e-2])
+def test_a_first_token_with_most_weight_and_small_values_leaves_the_others_their_digits(
+    variant: str, size: float
+) -> None:
+    """What trained models do: 95 % of the weight lies on the first token, and what the output says is in the rest."""
+    case = dense_case(40, 200, int8=True)
+    codes, scales = reference.quantised_kv(case.tensors["kv"], 64)
+    first = case.tensors["block_tables"][0, 0]
+    codes[first, 0, :, 0], codes[first, 0, :, 0, :16], scales[first, 0, :, 0] = 0, 127, 2 / 127
+    case.tensors["query"][..., :16] += 2  # 64 from the first key, a logit of 8
+    codes[first, 1, :, 0], scales[first, 1, :, 0] = 127, size / 127
+    assert relative_error(case) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

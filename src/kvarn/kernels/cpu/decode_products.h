@@ -228,6 +228,21 @@ struct KeyProduct<T, int8_t> {
   KVARN_INLINE Floats as_floats(Ints sum) { return __builtin_convertvector(sum, Floats); }
 };
 
+// Up to 64 columns of four rows, interleaved byte by byte: in quarter q of vector v are columns 16 q + 4 v to
+// 16 q + 4 v + 3, which put_in_order mends in the result.
+KVARN_INLINE void interleave_rows(const int8_t* row_0, const int8_t* row_1, const int8_t* row_2, const int8_t* row_3,
+                                  int64_t columns, Words (&to)[kTileVectors]) {
+  const __mmask64 exist = columns >= 64 ? ~0ull : (1ull << columns) - 1;
+  const __m512i a = _mm512_maskz_loadu_epi8(exist, row_0), b = _mm512_maskz_loadu_epi8(exist, row_1);
+  const __m512i c = _mm512_maskz_loadu_epi8(exist, row_2), d = _mm512_maskz_loadu_epi8(exist, row_3);
+  const __m512i low_ab = _mm512_unpacklo_epi8(a, b), high_ab = _mm512_unpackhi_epi8(a, b);
+  const __m512i low_cd = _mm512_unpacklo_epi8(c, d), high_cd = _mm512_unpackhi_epi8(c, d);
+  to[0] = (Words)_mm512_unpacklo_epi16(low_ab, low_cd);
+  to[1] = (Words)_mm512_unpackhi_epi16(low_ab, low_cd);
+  to[2] = (Words)_mm512_unpacklo_epi16(high_ab, high_cd);
+  to[3] = (Words)_mm512_unpackhi_epi16(high_ab, high_cd);
+}
+
 template <class T>
 struct ValueProduct<T, int8_t> {
   using Sum = Ints;
@@ -244,18 +259,8 @@ struct ValueProduct<T, int8_t> {
   KVARN_INLINE uint32_t weight(const float* row, int64_t slot) {
     return reinterpret_cast<const uint32_t*>(row)[slot / 4];
   }
-  // Four rows interleaved byte by byte: in quarter q of vector v are columns 16 q + 4 v to 16 q + 4 v + 3.
   KVARN_INLINE void load_rows(const int8_t* from, int64_t row_elements, int64_t columns, Words (&to)[kTileVectors]) {
-    const __mmask64 exist = columns >= 64 ? ~0ull : (1ull << columns) - 1;
-    const __m512i a = _mm512_maskz_loadu_epi8(exist, from), b = _mm512_maskz_loadu_epi8(exist, from + row_elements);
-    const __m512i c = _mm512_maskz_loadu_epi8(exist, from + 2 * row_elements);
-    const __m512i d = _mm512_maskz_loadu_epi8(exist, from + 3 * row_elements);
-    const __m512i low_ab = _mm512_unpacklo_epi8(a, b), high_ab = _mm512_unpackhi_epi8(a, b);
-    const __m512i low_cd = _mm512_unpacklo_epi8(c, d), high_cd = _mm512_unpackhi_epi8(c, d);
-    to[0] = (Words)_mm512_unpacklo_epi16(low_ab, low_cd);
-    to[1] = (Words)_mm512_unpackhi_epi16(low_ab, low_cd);
-    to[2] = (Words)_mm512_unpacklo_epi16(high_ab, high_cd);
-    to[3] = (Words)_mm512_unpackhi_epi16(high_ab, high_cd);
+    interleave_rows(from, from + row_elements, from + 2 * row_elements, from + 3 * row_elements, columns, to);
   }
   KVARN_INLINE Ints add(Ints sum, uint32_t weights, Words values) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32((int)weights), (__m512i)values);

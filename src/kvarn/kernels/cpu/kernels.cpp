@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_decode.h"
+#include "attention_int8.h"
 #include "linear.h"
 #include "linear_int.h"
 #include "rowwise.h"
@@ -20,10 +21,26 @@ namespace {
 #define KVARN_BY_DTYPE(function, args, ...) \
   ((args).is_bfloat16 ? function<bfloat16>(args, __VA_ARGS__) : function<float>(args, __VA_ARGS__))
 
+// The ways of prefill attention: over bytes where the processor multiplies them, else over numbers of T.
+template <class T, class K>
+int64_t blocked_bytes(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<K, int8_t>) return Int8Buffers(args, rows, kv_heads, nullptr).bytes;
+#endif
+  return Tiles<T, K>(args, rows, kv_heads, nullptr).bytes;
+}
+template <class T, class K>
+void blocked(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<K, int8_t>) return Int8Task<T>(args, task, scratch).run();
+#endif
+  blocked_task<T, K>(args, task, scratch);
+}
+
 template <class T, class K>
 int64_t scratch_bytes_of(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
   const int64_t few = smaller(rows, larger(1, kFewRows / args.group));
-  return larger(Tiles<T, K>(args, rows, kv_heads, nullptr).bytes,
+  return larger(blocked_bytes<T, K>(args, rows, kv_heads),
                 DecodeBuffers<T, K>(args, few, kv_heads, nullptr).bytes);
 }
 template <class T, class K>
@@ -31,7 +48,7 @@ void attention_of(const AttentionArgs& args, const AttentionTask& task, char* sc
   if (takes_decode(args, task.row_count))
     DecodeTask<T, K>(args, task, scratch).run();
   else
-    blocked_task<T, K>(args, task, scratch);
+    blocked<T, K>(args, task, scratch);
 }
 
 // Runs F<query type, kv type>.
