@@ -93,6 +93,7 @@ class TextCopier:
         self.slots = np.full((num_slots, executor.block_size), -2, dtype=np.int32)
         self.queue: list[CopyJob] = []
         self.ended: list[CopyJob] = []
+        self.job_seconds = 0.5
 
     def start(self, job: CopyJob) -> None:
         self.queue.append(job)
@@ -103,6 +104,13 @@ class TextCopier:
 
     def wait(self, seconds: float) -> None:
         if self.queue:
+            self.complete()
+
+    def slot(self, index: int) -> memoryview:
+        return self.slots[index].view(np.uint8).data
+
+    def close(self) -> None:
+        while self.queue:
             self.complete()
 
     def complete(self, direction: Direction | None = None, *, fail: bool = False) -> None:
@@ -119,7 +127,7 @@ class TextCopier:
                 self.slots[slot] = self.executor.memory[block]
             else:
                 self.executor.memory[block] = self.slots[slot]
-        job.seconds, job.error = 0.5, "made to fail" if fail else None
+        job.seconds, job.error = self.job_seconds, "made to fail" if fail else None
         self.ended.append(job)
 
 

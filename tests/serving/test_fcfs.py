@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -37,6 +38,21 @@ class Hit:
     idle_blocks: int = 0
 
 
+@dataclass(frozen=True)
+class Host:
+    """Has so many tokens of everybody, who would arrive after so many seconds."""
+
+    tokens: int
+    seconds: float
+    coming_blocks: int = 0
+
+    def loadable_tokens(self, id: str) -> int:
+        return self.tokens
+
+    def load_seconds(self, id: str) -> float:
+        return self.seconds
+
+
 def decide(
     waiting: list[View],
     running: list[View],
@@ -46,11 +62,14 @@ def decide(
     hit: Hit = Hit(),
     policy: FirstComeFirstServed = FirstComeFirstServed(),
     shared: frozenset[tuple[str, str]] = frozenset(),
+    loading: Sequence[View] = (),
+    tiers: Host | None = None,
 ) -> Decision:
     held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
         waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__,
         shares_prefix=lambda id, other, tokens: (id, other) in shared, costs=Costs(),
+        loading=loading, tiers=tiers,
     )  # fmt: skip
     return policy.decide(snapshot, 0.0)
 
@@ -137,3 +156,20 @@ def test_books_balance(running, waiting, available, budget):
     assert needed <= available + sum(by_id[id].num_blocks for id in decision.preempt)
     assert not set(granted) & set(decision.preempt)
     assert all(1 <= tokens <= by_id[id].num_uncomputed for id, tokens in granted.items())
+
+
+def test_what_the_host_has_is_loaded_if_that_is_sooner_than_computing_it():
+    waiting = [View("a", 40)]
+    assert decide(waiting, [], available=20, tiers=Host(36, 1e-3)) == Decision(load=("a",))
+    assert decide(waiting, [], available=20, tiers=Host(36, 1.0)).grants == (("a", 16),)
+    assert decide(waiting, [], available=20, tiers=Host(36, 1e-3), hit=Hit(36)).grants == (("a", 4),)
+    assert decide(waiting, [], available=9, tiers=Host(36, 1e-3)) == Decision(), "as an admission, it waits for room"
+
+
+def test_loading_requests_count_as_running_and_get_the_blocks_they_lack():
+    waiting = [View("a", 8, arrival=1.0)]
+    loading = [View(f"l{i}", 20, num_blocks=4) for i in range(7)]
+    assert decide(waiting, [], available=16, loading=loading).grants == (("a", 8),)
+    assert decide(waiting, [], available=15, loading=loading) == Decision()
+    assert decide(waiting, [], available=99, loading=[*loading, loading[0]]) == Decision()
+    assert decide(waiting, [], available=99, loading=loading[:1], shared=frozenset({("a", "l0")})) == Decision()

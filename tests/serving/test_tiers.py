@@ -79,13 +79,17 @@ class Dropped:
     st.floats(0, 0.6),
     st.floats(0, 0.3),
     st.booleans(),
+    st.sampled_from([1e-6, 0.5]),
     st.integers(0),
 )
-def test_text_is_right_whatever_is_moved_lost_or_cancelled(prompts, num_blocks, slots, often, failing, share, seed):
+def test_text_is_right_whatever_is_moved_lost_or_cancelled(
+    prompts, num_blocks, slots, often, failing, share, copy_seconds, seed
+):
     """Law: tiers of any size, copies of any speed and failures never change a text, lose a block or stop the engine."""
     rng = random.Random(seed)
     engine = make_engine(num_blocks=num_blocks, share=share, policy=Whims(rng, often), host_slots=slots)
     copier = engine.tiers.copier
+    copier.job_seconds = copy_seconds
     coming = [make_request(f"r{i}", _prompt(length, f), count) for i, (length, f, count) in enumerate(prompts)]
     expected = {r.id: continuation(r.tokens[: r.prompt_length].tolist(), r.params.max_tokens) for r in coming}
     texts: dict[str, list[int]] = {request.id: [] for request in coming}
@@ -198,6 +202,22 @@ def test_a_request_cancelled_while_its_blocks_arrive_leaves_nothing_behind():
     engine.step()
     engine.tiers.check([])
     assert engine.cache.pool.num_active == 0
+
+
+@pytest.mark.parametrize(("copy_seconds", "loads"), [(1e-6, 3), (60.0, 0)])
+def test_first_come_first_served_loads_what_is_sooner_loaded_than_computed(copy_seconds, loads):
+    engine = make_engine(num_blocks=20, host_slots=80, token_budget=64)
+    engine.tiers.copier.job_seconds = copy_seconds
+    engine.tiers.block_seconds = dict.fromkeys(Direction, copy_seconds)
+    prompts = [_prompt(40, i) for i in range(3)]
+    for turn in range(2):  # each prompt fills half of the device, so it is gone when it comes again
+        for i, prompt in enumerate(prompts):
+            engine.add(make_request(f"r{turn}{i}", prompt, 20))
+        assert sorted(run(engine).values()) == sorted(continuation(prompt, 20) for prompt in prompts)
+        engine.tiers.copier.close()
+        assert not engine.settle()
+    assert engine.counters.loads >= loads if loads else engine.counters.loads == 0
+    assert engine.cache.hit_tokens >= 36 * loads
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -17,7 +17,7 @@ from kvarn.cli.options import ENGINE_PANEL, CacheDType, CacheMemory, Device, Mod
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import EngineConfig, PolicyName, Speculation
+from kvarn.serving.config import AUTO, EngineConfig, PolicyName, Speculation
 
 _ENGINE = EngineConfig()
 _SERVER = ServerConfig()
@@ -48,6 +48,9 @@ def serve(
     policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = _ENGINE.policy,
     threads: Annotated[int, _engine(help="Compute threads; 0: all processors allowed to us.")] = _ENGINE.threads,
     kv_memory: CacheMemory = "0",
+    host_memory: Annotated[
+        str, _engine(help="Memory for KV that the KV cache has no room for, such as 4GiB; auto: what the policy needs.")
+    ] = "auto",
     block_size: Annotated[int, _engine(help="Tokens in a KV block.")] = _ENGINE.block_size,
     token_budget: Annotated[int, _engine(help="Tokens a step; longer prompts go in chunks.")] = _ENGINE.token_budget,
     prefill_budget: Annotated[int, _engine(help="Prompt tokens that readers may wait for.")] = _ENGINE.prefill_budget,
@@ -75,6 +78,7 @@ def serve(
             model=model, precision=precision, kv_dtype=kv_dtype, device=device, policy=policy,
             max_context=max_context, max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
+            host_memory_bytes=AUTO if host_memory == "auto" else parse_bytes(host_memory, "--host-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
             speculation=speculation, draft_tokens=draft_tokens,
         ),

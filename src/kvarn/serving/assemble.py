@@ -13,6 +13,7 @@ from kvarn.models.loader import free_bytes, load_decoder, usable_device
 from kvarn.models.sources import Progress, resolve
 from kvarn.models.spec import ModelSpec
 from kvarn.models.tokenizer import tokenizer_file
+from kvarn.serving.assemble_tiers import build_tiers
 from kvarn.serving.clock import Clock, MonotonicClock
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
@@ -69,16 +70,18 @@ def load_engine(
         cuda_graphs=config.cuda_graphs,
         use_flashinfer=config.flashinfer,
     )
+    cache = KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
     engine = Engine(
         executor,
         make_policy(config),
-        KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes),
+        cache,
         clock or MonotonicClock(),
         token_budget=config.token_budget,
         max_running=config.max_running,
         max_context=max_context,
         vocab_size=spec.vocab_size,
         speculator=_speculator(config),
+        tiers=build_tiers(config, cache, kv),
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder, kv_dtype)

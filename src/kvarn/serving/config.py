@@ -12,6 +12,8 @@ PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal["fcfs"]
 KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
+AUTO = -1
+"""A size that is chosen where the engine is built."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens in a KV block."""
     kv_memory_bytes: int = 0
     """Memory of the KV pool; 0: a quarter of what is free, at most what `max_running` full contexts need."""
+    host_memory_bytes: int = AUTO
+    """Memory for KV that the device has no room for; 0: none, AUTO: as much as a policy that offloads can use."""
     share_prefixes: bool = True
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
@@ -60,7 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for field, low, high in (
             ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20),
             ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
-            ("kv_memory_bytes", 0, 2**63 - 1), ("draft_tokens", 1, 64), ("threads", 0, 2**10),
+            ("kv_memory_bytes", 0, 2**63 - 1), ("host_memory_bytes", AUTO, 2**63 - 1),
+            ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")

@@ -145,6 +145,18 @@ class Engine:
             self.check()
         return emissions
 
+    def settle(self) -> bool:
+        """Without work: end the copies that are done; whether there are any left, so that it should be called again."""
+        if self.tiers is None:
+            return False
+        self._end_copies(self.clock.now())
+        return self.tiers.copying
+
+    def close(self) -> None:
+        """End what runs beside the engine. What it has not finished is lost; nothing may be asked of it any more."""
+        if self.tiers is not None:
+            self.tiers.close()
+
     def check(self) -> None:
         """Raise AssertionError unless queues, states and KV blocks agree."""
         holders = self.running + self.loading
@@ -229,8 +241,7 @@ class Engine:
         When nothing was computed, because all that there is to do hangs on copies, wait for one.
         """
         if not computed:
-            if tiers.copying:
-                tiers.copier.wait(_COPY_WAIT)
+            tiers.wait(_COPY_WAIT)
             return
         room = int(seconds / tiers.block_seconds[Direction.TO_HOST]) - tiers.blocks_in_flight[Direction.TO_HOST]
         now = self.clock.now()

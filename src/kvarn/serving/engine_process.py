@@ -37,12 +37,15 @@ from kvarn.serving.api.messages import (
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
+from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
 from kvarn.serving.settle import settle
 
 _log = logging.getLogger(__name__)
 
+_IDLE_POLL, _SETTLE_POLL = 1000, 10
+"""Milliseconds to sleep for a message at a time: when there is nothing to do, and when only copies are to be ended."""
 _STATS_INTERVAL = 0.25
 """Seconds between two EngineStats at least."""
 
@@ -74,7 +77,7 @@ class EngineProcess:
         """Handle every message that is there; with `wait`, wait for one (and report when the engine falls idle)."""
         if wait and not self.inbox.poll(0):
             self._send([], force_stats=True)
-            while self._running and not self.inbox.poll(1000):
+            while self._running and not self.inbox.poll(_SETTLE_POLL if self.engine.settle() else _IDLE_POLL):
                 pass
         while self._running:
             try:
@@ -148,6 +151,8 @@ class EngineProcess:
             forward_seconds=engine.executor.forward_seconds,
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
+            loads=totals.loads,
+            **_tier_stats(engine.tiers),
         )
 
 
@@ -180,6 +185,18 @@ class Outbox:
         encoder = msgspec.msgpack.Encoder()
         while (message := self._messages.get()) is not None:
             self._socket.send(encoder.encode(message))
+
+
+def _tier_stats(tiers: Tiers | None) -> dict[str, int]:
+    if tiers is None:
+        return {}
+    return {
+        "host_blocks": tiers.host.num_slots,
+        "host_blocks_used": tiers.host.num_entries,
+        "to_host_bytes": tiers.counters.written_blocks * tiers.block_bytes,
+        "from_host_bytes": tiers.counters.read_blocks * tiers.block_bytes,
+        "failed_copies": tiers.counters.failed_copies,
+    }
 
 
 def _to_outputs(emissions: list[Emission]) -> list[TokenOutput]:
@@ -268,6 +285,7 @@ def main() -> int:
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     process.run()
+    engine.close()
     outbox.close()
     context.destroy(linger=1000)
     return 0

@@ -81,6 +81,10 @@ class OfflineEngine:
             raise
         return results
 
+    def close(self) -> None:
+        """End what runs beside the engine; it cannot be used after this."""
+        self.engine.close()
+
     def _abandon(self, ids: dict[str, int]) -> None:
         for id in ids:
             self.engine.cancel(id)

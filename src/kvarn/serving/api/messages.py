@@ -95,6 +95,13 @@ class EngineStats(msgspec.Struct, array_like=True):
     """Guesses at tokens to come that were computed (kvarn.serving.speculation)."""
     accepted_tokens: int = 0
     """Those that came true."""
+    loads: int = 0
+    """Requests whose KV was brought back from the host."""
+    host_blocks: int = 0
+    host_blocks_used: int = 0
+    to_host_bytes: int = 0
+    from_host_bytes: int = 0
+    failed_copies: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

@@ -23,6 +23,10 @@ _ENGINE_TOTALS: Final = (
     ("output_tokens", "kvarn_engine_output_tokens", "Tokens sampled by the engine."),
     ("drafted_tokens", "kvarn_drafted_tokens", "Guesses at tokens to come that were computed."),
     ("accepted_tokens", "kvarn_accepted_tokens", "Guesses that came true."),
+    ("loads", "kvarn_loads", "Requests whose KV was brought back from the host."),
+    ("to_host_bytes", "kvarn_kv_to_host_bytes", "KV copied to host memory."),
+    ("from_host_bytes", "kvarn_kv_from_host_bytes", "KV copied back from host memory."),
+    ("failed_copies", "kvarn_kv_failed_copies", "Copies of KV that failed; their content was computed again."),
     ("steps", "kvarn_engine_steps", "Engine steps."),
     ("step_seconds", "kvarn_engine_step_seconds", "Seconds spent in engine steps."),
     ("forward_seconds", "kvarn_engine_forward_seconds", "Seconds of those spent in the model's forward pass."),
@@ -65,6 +69,7 @@ class Metrics:
         self.waiting = Gauge("kvarn_sequences_waiting", "Sequences in the engine's queue.", registry=registry)
         self.running = Gauge("kvarn_sequences_running", "Sequences the engine is computing.", registry=registry)
         self.blocks = Gauge("kvarn_kv_blocks", "KV cache blocks by state.", ["state"], registry=registry)
+        self.host_blocks = Gauge("kvarn_kv_host_blocks", "Blocks of KV in host memory.", ["state"], registry=registry)
         self._totals = [(field, Counter(name, help, registry=registry)) for field, name, help in _ENGINE_TOTALS]
         self._last = EngineStats()
         self._was_up = False
@@ -74,6 +79,8 @@ class Metrics:
         self.running.set(stats.running)
         for state in ("free", "active", "cached"):
             self.blocks.labels(state).set(getattr(stats, f"blocks_{state}"))
+        self.host_blocks.labels("used").set(stats.host_blocks_used)
+        self.host_blocks.labels("free").set(stats.host_blocks - stats.host_blocks_used)
         for field, counter in self._totals:
             counter.inc(max(0, getattr(stats, field) - getattr(self._last, field)))
         self._last = stats

@@ -59,6 +59,10 @@ class HostCopier:
         if self._ended.empty():
             self._news.wait(seconds)
 
+    def slot(self, index: int) -> memoryview:
+        """The bytes of a slot."""
+        return self._slab[index].numpy().data
+
     def close(self) -> None:
         """Finish what is queued and end the thread."""
         self._jobs.put(None)

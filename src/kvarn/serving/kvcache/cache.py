@@ -114,6 +114,9 @@ class KVCache:
     def fill(self, request: Request, blocks: int) -> None:
         """So many blocks after those computed have got their content from elsewhere."""
         request.num_computed += blocks * self.block_size
+        if request.preemptions == 0:
+            request.cached_tokens += blocks * self.block_size
+            self.hit_tokens += blocks * self.block_size
         self.commit(request)
 
     def check(self, holders: Iterable[Request], also_held: Iterable[int] = ()) -> None:

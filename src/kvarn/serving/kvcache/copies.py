@@ -41,3 +41,7 @@ class Copier(Protocol):
     def wait(self, seconds: float) -> None:
         """Return when a job has ended that `finished` has not told, or after `seconds`."""
         ...
+
+    def close(self) -> None:
+        """Finish what is queued; `finished` tells of it once more, and nothing is started after this."""
+        ...

@@ -49,8 +49,10 @@ class TierCounters:
 class Tiers:
     """Host slots behind one KVCache. Called by the engine alone."""
 
-    def __init__(self, cache: KVCache, num_slots: int, copier: Copier) -> None:
+    def __init__(self, cache: KVCache, num_slots: int, copier: Copier, *, block_bytes: int = 0) -> None:
+        """`block_bytes` of KV in a block: for statistics."""
         self.cache = cache
+        self.block_bytes = block_bytes
         self.host = HostIndex(num_slots)
         self.copier = copier
         self.counters = TierCounters()
@@ -58,6 +60,8 @@ class Tiers:
         """What copying a block has lately taken, each way."""
         self._mirrors: dict[str, list[HostEntry]] = {}
         self._flights: dict[CopyJob, _Flight] = {}
+        self._barred: set[str] = set()
+        """Requests that failed to load: they are computed, lest they try for ever."""
 
     @property
     def copying(self) -> bool:
@@ -90,6 +94,7 @@ class Tiers:
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
         size, salt, mirrors = self.cache.block_size, self.cache.salt(request), self._mirrored(request)
+        self._barred.discard(request.id)
         full = request.num_computed // size
         hashes = self.cache.hashes(request, full)
         blocks: list[int] = []
@@ -126,6 +131,11 @@ class Tiers:
     def loadable_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that device and host hold together."""
         return self._loadable_blocks(request) * self.cache.block_size
+
+    def load_seconds(self, request: Request) -> float:
+        """Until all loadable tokens of a waiting request would be on the device, behind what is queued."""
+        hit = self.cache.lookup(request).tokens // self.cache.block_size
+        return self.queue_seconds(Direction.TO_DEVICE, len(self._host_match(request, hit)))
 
     def load(self, request: Request) -> bool:
         """Start bringing a waiting request's blocks back from the host, on top of what the device still holds.
@@ -166,7 +176,9 @@ class Tiers:
             self._count(job)
             self.cache.pool.release(job.blocks, keep=self.cache.index.__contains__)
             if flight.request is not None:
-                if not failed:
+                if failed:
+                    self._barred.add(flight.request.id)
+                else:
                     self.cache.fill(flight.request, len(job.blocks))
                 arrived.append((flight.request, not failed))
         return arrived
@@ -176,8 +188,19 @@ class Tiers:
         for flight in self._flights.values():
             if flight.request is request:
                 flight.request = None
+        self._barred.discard(request.id)
         for entry in reversed(self._mirrors.pop(request.id, [])):
             self.host.unpin(entry)
+
+    def wait(self, seconds: float) -> None:
+        """Return when a copy has ended, or after `seconds`; at once when none is under way."""
+        if self.copying:
+            self.copier.wait(seconds)
+
+    def close(self) -> None:
+        """End the copies and what makes them."""
+        self.copier.close()
+        self.collect()
 
     def check(self, holders: Iterable[Request]) -> None:
         """Raise AssertionError unless the books agree with one another and with the device's."""
@@ -207,6 +230,8 @@ class Tiers:
         return hit + len(self._host_match(request, hit))
 
     def _host_match(self, request: Request, first: int) -> list[HostEntry]:
+        if request.id in self._barred:
+            return []
         usable = (request.num_tokens - 1) // self.cache.block_size  # the last token is always computed
         hashes = self.cache.hashes(request, usable)[:usable]
         return self.host.match(hashes, request.tokens, self.cache.block_size, self.cache.salt(request), first)
@@ -260,3 +285,6 @@ class TierBooks:
 
     def read_seconds(self, blocks: int) -> float:
         return self._tiers.queue_seconds(Direction.TO_DEVICE, blocks)
+
+    def load_seconds(self, id: str) -> float:
+        return self._tiers.load_seconds(self._requests[id])

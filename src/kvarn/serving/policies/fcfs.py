@@ -5,12 +5,16 @@ readers of others; a prefill budget bounds how much longer a step gets for them.
 admits waiting requests in order of priority, then arrival, while the blocks for the whole of their known
 tokens are there; one whose prompt is mostly being computed for another lets that one finish first. When a running
 request finds no block, the one that came last gives up its blocks and is recomputed later.
+
+Where the host has KV of a waiting request and bringing it back takes less time than computing it, it is brought back,
+under the same rules as an admission.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
 
+from kvarn.serving.policies.loading import worth_loading
 from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
 
 
@@ -28,7 +32,7 @@ class FirstComeFirstServed:
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         step = _Step(snapshot)
         prefilling = step.continue_decoding()
-        step.computing = [request.id for request in prefilling]
+        step.computing = [request.id for request in (*prefilling, *snapshot.loading)]
         if step.grants and self.prefill_budget is not None:
             step.budget = min(step.budget, self.prefill_budget)
         for request in prefilling:
@@ -39,7 +43,7 @@ class FirstComeFirstServed:
                     break
                 if not step.is_coming(request) and not step.admit(request, self.headroom_blocks):
                     break
-        return Decision(tuple(step.preempted), tuple(step.grants))
+        return Decision(tuple(step.preempted), tuple(step.grants), load=tuple(step.loads))
 
 
 class _Step:
@@ -49,15 +53,18 @@ class _Step:
         self.snapshot = snapshot
         self.budget = snapshot.token_budget
         self.available = snapshot.available_blocks
-        self.promised = 0
+        self.promised = sum(
+            snapshot.blocks_for(request.num_tokens) - request.num_blocks for request in snapshot.loading
+        )
         """Blocks that admitted prompts still need for chunks to come."""
         self.grants: list[Grant] = []
+        self.loads: list[str] = []
         self.preempted: dict[str, None] = {}
         self.served: set[str] = set()
         self.computing: list[str] = []
-        """Requests whose prompts are being computed."""
+        """Requests whose prompts are being computed or loaded."""
         self.running = sorted(snapshot.running, key=attrgetter("priority", "arrival"))
-        self.num_running = len(self.running)
+        self.num_running = len(self.running) + len(snapshot.loading)
 
     def continue_decoding(self) -> list[RequestView]:
         """Grant every decode row; the running requests that still prefill are returned."""
@@ -112,17 +119,22 @@ class _Step:
         return any(self.snapshot.shares_prefix(request.id, other, half) for other in self.computing)
 
     def admit(self, request: RequestView, headroom_blocks: int) -> bool:
-        """Grant the first tokens of a waiting request; False when it, and so all behind it, must wait."""
+        """Grant the first tokens of a waiting request, or load them; False when it, and all behind it, must wait."""
         hit = self.snapshot.prefix_hit(request.id)
         whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
         spare = self.available - self.promised - hit.idle_blocks
         # With nothing running there is nobody to leave headroom for: the head of the queue always gets in.
         if whole + headroom_blocks * self.num_running > spare:
             return False
-        tokens = min(request.num_tokens - hit.tokens, self.budget)
+        loads = worth_loading(self.snapshot, request, hit.tokens)
+        tokens = loads or min(request.num_tokens - hit.tokens, self.budget)
         first = self.snapshot.blocks_for(hit.tokens + tokens) - hit.tokens // self.snapshot.block_size
         self.promised += whole - first
-        self._grant(request.id, tokens, first + hit.idle_blocks)
+        if loads:
+            self.loads.append(request.id)
+            self.available -= first + hit.idle_blocks
+        else:
+            self._grant(request.id, tokens, first + hit.idle_blocks)
         self.computing.append(request.id)
         self.num_running += 1
         return True

@@ -1,0 +1,21 @@
+"""Whether to bring a waiting request's KV back from the host or to compute it again, for policies that need no more
+of the tiers than that."""
+
+from __future__ import annotations
+
+from kvarn.serving.policies.protocol import RequestView, Snapshot
+
+
+def worth_loading(snapshot: Snapshot, request: RequestView, cached_tokens: int) -> int:
+    """Tokens that are sooner loaded than computed, beyond the `cached_tokens` that the device holds; 0 for none.
+
+    What the tiers refused to load, or failed to, they no longer report, so a request that is not worth loading now is
+    computed: asking for a load can never keep it waiting.
+    """
+    tiers = snapshot.tiers
+    if tiers is None:
+        return 0
+    gained = tiers.loadable_tokens(request.id) - cached_tokens
+    if gained <= 0 or tiers.load_seconds(request.id) >= snapshot.costs.prefill_seconds(gained):
+        return 0
+    return gained
