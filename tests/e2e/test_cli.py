@@ -111,6 +111,13 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: tuple[str, ...], 
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_kernels_that_do_not_exist_are_one_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KVARN_KERNELS", "quantum")
+    done = kvarn("serve")
+    assert done.returncode == 2
+    assert "KVARN_KERNELS is 'quantum'" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("answer", ["<html>", "[]", '{"data": []}'])
 def test_chat_with_something_that_is_no_openai_server(answer: str):
     class Elsewhere(BaseHTTPRequestHandler):

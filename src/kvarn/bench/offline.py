@@ -125,12 +125,15 @@ class KvarnEngine:
 
 
 def kvarn_engine(model: str, precision: str, **settings: Any) -> KvarnEngine:
-    """Load kvarn's own engine; arguments as for `OfflineEngine.load`."""
+    """Load kvarn's own engine; arguments as for `OfflineEngine.load`.
+
+    It does not speculate: after random prompts a greedy model soon repeats itself, and drafting that is no measure.
+    """
     from kvarn.serving.offline import OfflineEngine
     from kvarn.serving.sampling.params import SamplingParams
 
     started = time.perf_counter()
-    engine = OfflineEngine.load(model, precision=precision, **settings)
+    engine = OfflineEngine.load(model, precision=precision, speculation="off", **settings)
     load_seconds = time.perf_counter() - started
 
     def generate(prompts: list[list[int]], output_tokens: int) -> TokenTimes:

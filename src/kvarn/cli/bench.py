@@ -53,6 +53,7 @@ class PromptKind(StrEnum):
 
 _BATCH_HELP = "Sequences decoded at once; repeatable [dim](default: 1, 4, 16, 32)[/]."
 _PREFILL_HELP = "Prompt length for prefill; repeatable [dim](default: 512, 2048)[/]."
+_API_KEY = typer.Option(envvar=["KVARN_API_KEY", "OPENAI_API_KEY"], help="API key, if the server wants one.")
 _work = partial(typer.Option, rich_help_panel="Workload")
 _sending = partial(typer.Option, rich_help_panel="Server and limits")
 _results = partial(typer.Option, rich_help_panel="Results")
@@ -62,7 +63,7 @@ _results = partial(typer.Option, rich_help_panel="Results")
 def bench_serve(
     base_url: Annotated[str, typer.Option(help="The server, as OpenAI clients name it.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="Model id; default: the first the server lists.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar=["KVARN_API_KEY", "OPENAI_API_KEY"], show_envvar=True)] = None,
+    api_key: Annotated[str | None, _API_KEY] = None,
     requests: Annotated[int, _work("--requests", "-n", min=1, help="How many.")] = 32,
     arrivals: Annotated[ArrivalKind, _work(help="When they come.")] = ArrivalKind.burst,
     within: Annotated[float, _work(help="burst: seconds it is spread over.")] = 1.0,

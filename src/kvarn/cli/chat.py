@@ -38,12 +38,14 @@ class Conversation:
 
 def chat(
     base_url: Annotated[str, typer.Option(help="The server to talk to.")] = "http://127.0.0.1:8000/v1",
-    model: Annotated[str, typer.Option(help="Model to ask for; default: the first that is served.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Model to ask for; default: the first that is served.")
+    ] = "",
     api_key: Annotated[str, typer.Option(envvar="KVARN_API_KEY", help="API key, if the server wants one.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     temperature: Annotated[float, typer.Option(help="0 is deterministic.")] = 0.7,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
-    once: Annotated[str, typer.Option("--once", "-m", help="Ask this one question and leave.")] = "",
+    once: Annotated[str, typer.Option(help="Ask this one question and leave.")] = "",
 ) -> None:
     """Chat with a running server; shows how fast the answer came."""
     console = Console(highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from kvarn import __version__
 from kvarn.cli import bench, chat, generate, model, serve, simulate
 from kvarn.errors import KvarnError
+from kvarn.kernels import native
 from kvarn.serving.processors import wait_gently
 
 app = typer.Typer(
@@ -49,6 +51,7 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 the run failed, 2 bad input or environment, 130 interrupted."""
     wait_gently()
     try:
+        _check_environment()
         app()
     except KvarnError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
@@ -58,6 +61,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; there is nobody to complain to
         sys.exit(1)
+
+
+def _check_environment() -> None:
+    kernels = os.environ.get("KVARN_KERNELS", "native")
+    if kernels not in native.CHOICES:
+        raise KvarnError(f"KVARN_KERNELS is {kernels!r}; choose one of {', '.join(native.CHOICES)}")
 
 
 def _escape(text: str) -> str:

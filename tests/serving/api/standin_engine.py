@@ -157,7 +157,7 @@ def main() -> int:
         standin.send(StartFailed(START_FAILURE))
         context.destroy(linger=1000)
         return 2
-    standin.send(Ready(MAX_CONTEXT, 49152, 64, 16, "nowhere", "none", 0.0))
+    standin.send(Ready(MAX_CONTEXT, 49152, 64, 16, "nowhere", "none", "none", 0.0))
     standin.serve()
     context.destroy(linger=1000)
     return 0

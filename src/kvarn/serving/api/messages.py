@@ -53,6 +53,9 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     block_size: int
     device: str
     precision: str
+    """Of the weights."""
+    kv_dtype: str
+    """Of cached keys and values."""
     load_seconds: float
 
 

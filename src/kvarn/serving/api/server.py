@@ -178,7 +178,9 @@ class _Server:
         settle()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        what = "" if link is None or link.ready is None else f" ({link.ready.precision}, {link.ready.device})"
+        what = ""
+        if link is not None and (ready := link.ready) is not None:
+            what = f" ({ready.precision}, {ready.kv_dtype} cache, {ready.device})"
         self._on_ready(f"{self._config.model_name}{what} at http://{shown}:{port}/v1")
 
     def _listen_for_signals(self) -> None:
