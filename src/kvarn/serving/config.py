@@ -33,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Requests in one batch."""
     token_budget: int = 512
     """Tokens that one step may compute; longer prompts are prefilled in chunks."""
-    prefill_budget: int = 192
+    prefill_budget: int = 160
     """Prompt tokens in a step that also decodes: how long the readers of others wait for new prompts."""
     block_size: int = 16
     """Tokens in a KV block."""
