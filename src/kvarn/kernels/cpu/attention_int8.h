@@ -121,8 +121,9 @@ class Int8Task {
   Chunk<int8_t> chunk_;
   int64_t columns_;
   int32_t lowest_[kChunkVectors];  // position in each vector of slots
-  // Of the chunk's slots: keys' scales; logarithms of the values' scales, and 1 over these scales.
-  Floats key_scales_[kChunkVectors], logarithms_[kChunkVectors], inverses_[kChunkVectors];
+  // Of the chunk's slots: scales of keys and values; logarithms of the latter, and 1 over them.
+  alignas(64) float key_scales_[kChunk], value_scales_[kChunk];
+  Floats logarithms_[kChunkVectors], inverses_[kChunkVectors];
   // Rows with their weights, whose values are still to be added.
   struct {
     alignas(64) uint32_t codes[kRowsAtOnce][kChunk / 4];
@@ -163,14 +164,13 @@ class Int8Task {
 
   void load_scales() {
     const int64_t offset = args_.value_offset / 4;
+    for (int64_t i = 0; i < columns_; ++i) {
+      key_scales_[i] = chunk_.scales[i][0];
+      value_scales_[i] = chunk_.scales[i][offset];
+    }
     for (int64_t v = 0; v < columns_ / kLanes; ++v) {
-      Floats of_values;
-      for (int i = 0; i < kLanes; ++i) {
-        const float* scales = chunk_.scales[v * kLanes + i];
-        key_scales_[v][i] = scales[0];
-        of_values[i] = scales[offset];
-      }
-      logarithms_[v] = log2(vmax(of_values, splat(0x1p-60f)));  // values that are all zero have a weight, too
+      // Values that are all zero have a weight, too.
+      logarithms_[v] = log2(vmax(load(value_scales_ + v * kLanes), splat(0x1p-60f)));
       inverses_[v] = exp2(-logarithms_[v]);
     }
   }
@@ -293,7 +293,7 @@ class Int8Task {
       const float factor = b_.factors[all + k];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        const Floats scaled = __builtin_convertvector(dots[k][v], Floats) * key_scales_[v];
+        const Floats scaled = __builtin_convertvector(dots[k][v], Floats) * load(key_scales_ + v * kLanes);
         logits[k][v] = args_.softcap > 0.f ? tanh(scaled * factor) * (args_.softcap * kLog2e) + logarithms_[v]
                                            : scaled * factor + logarithms_[v];
       }
