@@ -207,15 +207,17 @@ class Engine:
                 self._preempt(self._requests[id])
             for id in decision.load:
                 self._load(self.tiers, self._requests[id])
-        batch, requests, waiting = Batch(), self._requests, RequestState.WAITING
+        batch, requests, waiting, size = Batch(), self._requests, RequestState.WAITING, self.cache.block_size
         for id, granted in decision.grants:
             request = requests[id]
             if request.state is waiting:
                 self._admit(request)
-            tokens = min(granted, request.num_uncomputed)
-            if self.cache.grow(request, request.num_computed + tokens):
+            computed = request.num_computed
+            tokens = min(granted, request.num_tokens - computed)
+            # Most rows have room in their last block: no call for them.
+            if computed + tokens <= request.num_blocks * size or self.cache.grow(request, computed + tokens):
                 batch.rows.append(ScheduledRequest(request, tokens))
-            elif request.num_computed == 0:
+            elif computed == 0:
                 self._preempt(request)  # admitted on a promise that did not hold
         return batch
 
@@ -280,7 +282,7 @@ class Engine:
 
     def _advance(self, batch: Batch, sampled: list[list[SampledToken]]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
-        results = iter(sampled)
+        results, now = iter(sampled), self.clock.now()
         for row in batch.rows:
             request, samples = row.request, row.samples
             prompt_left = request.prompt_length - request.num_computed
@@ -293,7 +295,7 @@ class Engine:
                 if i:  # the draft before it was right, so its KV is
                     self.counters.accepted_tokens += 1
                     self._note_computed(request, 1)
-                self._emit(request, token)
+                self._emit(request, token, now)
                 if request.state is RequestState.FINISHED:
                     break
 
@@ -302,7 +304,7 @@ class Engine:
         if request.num_computed // self.cache.block_size > request.indexed_blocks:
             self.cache.commit(request)
 
-    def _emit(self, request: Request, sampled: SampledToken) -> None:
+    def _emit(self, request: Request, sampled: SampledToken, now: float) -> None:
         if sampled.error is not None:
             self._finish(request, FinishReason.ERROR, error=sampled.error)
             return
@@ -310,7 +312,7 @@ class Engine:
         if sampled.grammar_done:
             reason = FinishReason.STOP  # the text is whole, also when this was the last token it could have
         self.counters.output_tokens += 1
-        request.reader.receive(self.clock.now())
+        request.reader.receive(now)
         emission = Emission(request, sampled.token, sampled.logprobs)
         if reason is None:
             self._ended.append(emission)

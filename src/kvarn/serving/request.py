@@ -168,11 +168,12 @@ class Request:
 
     def append(self, token: int) -> FinishReason | None:
         """Add one output token; the reason when it is the last."""
-        self._make_room(1)
-        self.tokens[self.num_tokens] = token
-        self.num_tokens += 1
-        if token in self.stop_tokens and self.num_outputs > self.params.min_tokens:
+        place, params = self.num_tokens, self.params
+        if place == len(self.tokens):
+            self._make_room(1)
+        self.tokens[place] = token
+        self.num_tokens = place + 1
+        outputs = place + 1 - self.prompt_length
+        if token in self.stop_tokens and outputs > params.min_tokens:
             return FinishReason.STOP
-        if self.num_outputs >= self.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if outputs >= params.max_tokens else None

@@ -7,9 +7,11 @@ give the same result on every machine.
 
 from __future__ import annotations
 
+import gc
 import heapq
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,8 +137,13 @@ def run(
     clock = engine.clock
     if not isinstance(clock, VirtualClock):
         raise TypeError(f"the engine's clock is a {type(clock).__name__}; a simulation needs a VirtualClock")
-    clients, load = _Clients(engine, specs, on_done), LoadSeries()
-    last_progress = clock.now()
+    clients = _Clients(engine, specs, on_done)
+    with _rare_collections():
+        return _run(engine, clock, clients)
+
+
+def _run(engine: Engine, clock: VirtualClock, clients: _Clients) -> Run:
+    load, last_progress = LoadSeries(), clock.now()
     while True:
         before = clock.now()
         clients.act(before)
@@ -158,6 +165,17 @@ def run(
             if before - last_progress > _STUCK_SECONDS:
                 raise RuntimeError(f"the engine computed nothing for {_STUCK_SECONDS:g} s while requests waited")
     return Run([record for record in clients.records if record is not None], load)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for garbage seldom: every step makes thousands of short-lived objects, and none of them in cycles."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _error(emission: Emission) -> str | None:
