@@ -43,7 +43,7 @@ def test_an_unknown_name_lists_the_known() -> None:
         ("duplex = false", "duplex = 1", "duplex of .* expected bool"),
         ("duplex = false", "duplex = false\ncolour = 3", "unknown field colour"),
         ("kv_share = 0.6", "kv_share = 0.0", "kv_share of cpu is 0.0; expected a number above 0"),
-        ("step_seconds = 0.0015", "step_seconds = -1.0", "step_seconds of cpu is -1.0"),
+        ("step_seconds = 0.0005", "step_seconds = -1.0", "step_seconds of cpu is -1.0"),
         ("max_running = 128", "max_running = 12.5", "expected int"),
         ("[", "x = 1\n[", "is not a profile"),
         ("]", "", "cannot read"),

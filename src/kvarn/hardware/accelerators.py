@@ -33,6 +33,8 @@ class Accelerator:
     """Of `memory_bandwidth`, when attention waits for keys and values."""
     attention_share: float
     """Of `flops`, when attention waits for its products."""
+    overlap: bool
+    """Whether reading weights and multiplying with them run at the same time, or take turns."""
     step_seconds: float
     """Seconds that a step takes beside all that: scheduling, launching, sampling."""
     sequence_seconds: float

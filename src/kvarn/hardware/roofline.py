@@ -2,13 +2,15 @@
 
     step = overhead + layers + output layer + attention
 
-    layers        max(read every weight once, operations of all tokens)
-    output layer  max(read it once, operations of the sampled tokens)
-    attention     for each sequence max(read its keys and values, operations of its queries with them)
+    layers        read every weight once; operations of all tokens
+    output layer  read it once; operations of the sampled tokens
+    attention     of each sequence: read its keys and values; operations of its queries with them
 
-Prefill is bound by operations and decode by what it reads; a mixed batch shares the reading of the weights, which is
-why prompts beside decode rows cost less than apart. Every term is zero without work and grows with it, so more
-tokens are never cheaper. Left out, being small: activations, norms, and what is written to the KV cache.
+The first two take the longer of their two times where the device reads and multiplies at once, their sum where it takes
+turns (`Accelerator.overlap`); attention the longer one. Prefill is bound by operations and decode by what it reads; a
+mixed batch shares the reading of the weights, which is why prompts beside decode rows cost less than apart. Every
+term is zero without work and grows with it, so more tokens are never cheaper. Left out, being small: activations,
+norms, and what is written to the KV cache.
 
 Source: S. Williams et al., Roofline (CACM 2009).
 """
@@ -19,7 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvarn.hardware.accelerators import Accelerator
-from kvarn.hardware.models import ModelShape
+from kvarn.hardware.models import BYTES_PER_WEIGHT, ModelShape
+
+_SCALE_BYTES = 4
+"""Of each row of an int8 cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,18 @@ class Roofline:
         self._pair = model.attention_flops / (accelerator.flops * accelerator.attention_share)
         self._decode_token = max(self._kv_token, self._pair)
 
+    @classmethod
+    def of(cls, accelerator: Accelerator, model: ModelShape, precision: str, kv_dtype: str = "auto") -> Roofline:
+        """With the element sizes that kvarn's settings of these names mean; "auto" weights are bfloat16.
+
+        An "auto" cache is int8 with weights of 8 or 4 bits, and otherwise as wide as activations.
+        """
+        weight_bytes = BYTES_PER_WEIGHT["bfloat16" if precision == "auto" else precision]
+        kv_bytes = 4.0 if precision == "float32" else 2.0
+        if kv_dtype == "int8" or (kv_dtype == "auto" and weight_bytes < 2.0):
+            kv_bytes = 1.0 + _SCALE_BYTES / model.head_dim
+        return cls(accelerator, model, weight_bytes=weight_bytes, kv_bytes=kv_bytes)
+
     def step_seconds(self, work: Work) -> float:
         """Seconds of one step; nothing to compute takes none."""
         return self.seconds(work.decodes, work.decode_context, work.chunks, work.sampled)
@@ -89,10 +106,13 @@ class Roofline:
         return (
             accelerator.step_seconds
             + sequences * accelerator.sequence_seconds
-            + max(self._layers_read, tokens * self._layers_token)
-            + (max(self._head_read, sampled * self._head_token) if sampled else 0.0)
+            + self._join(self._layers_read, tokens * self._layers_token)
+            + (self._join(self._head_read, sampled * self._head_token) if sampled else 0.0)
             + attention
         )
+
+    def _join(self, reading: float, computing: float) -> float:
+        return max(reading, computing) if self.accelerator.overlap else reading + computing
 
     def kv_tokens(self, memory_fraction: float) -> int:
         """Tokens whose KV fits beside the weights in this share of the memory (SGLang's mem-fraction-static)."""

@@ -4,51 +4,54 @@ from __future__ import annotations
 
 from kvarn.errors import CapacityError
 from kvarn.hardware.accelerators import Accelerator
-from kvarn.hardware.models import BYTES_PER_WEIGHT, ModelShape
+from kvarn.hardware.links import HostLink
+from kvarn.hardware.models import ModelShape
 from kvarn.hardware.roofline import Roofline
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.executors.simulated import SimulatedExecutor
+from kvarn.serving.executors.simulated_copier import SimulatedCopier
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.registry import make_policy
-
-_SCALE_BYTES = 4
-"""Of each row of an int8 cache."""
 
 
 def simulated_engine(
-    config: EngineConfig, accelerator: Accelerator, model: ModelShape, *, memory_fraction: float = 0.88
+    config: EngineConfig,
+    accelerator: Accelerator,
+    model: ModelShape,
+    *,
+    memory_fraction: float = 0.88,
+    host_memory_bytes: int = 0,
 ) -> Engine:
     """An engine whose clock is a `VirtualClock` and moves by modelled step times.
 
-    The KV pool has `config.kv_memory_bytes`, or what is left of `memory_fraction` of the device beside the weights.
-    Raises KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
+    The KV pool has `config.kv_memory_bytes`, or what is left of `memory_fraction` of the device beside the weights;
+    `host_memory_bytes` are for a second tier behind the device's link, 0 for none. Raises KvarnError for impossible
+    settings, CapacityError when no block fits. Speculation is not simulated.
     """
     config.validate()
-    precision = "bfloat16" if config.precision == "auto" else config.precision
-    roofline = Roofline(
-        accelerator, model, weight_bytes=BYTES_PER_WEIGHT[precision], kv_bytes=_kv_bytes(config, precision, model)
-    )
+    roofline = Roofline.of(accelerator, model, config.precision, config.kv_dtype)
     num_blocks = _count_blocks(config, roofline, memory_fraction)
     clock = VirtualClock()
+    cache = KVCache(num_blocks, config.block_size, share_prefixes=config.share_prefixes)
+    block_bytes = int(model.kv_bytes_per_token(roofline.kv_bytes) * config.block_size)
+    tiers = None
+    if host_memory_bytes:
+        copier = SimulatedCopier(HostLink(accelerator), clock, block_bytes=block_bytes)
+        tiers = Tiers(cache, host_memory_bytes // block_bytes, copier)
     return Engine(
         SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
         make_policy(config),
-        KVCache(num_blocks, config.block_size, share_prefixes=config.share_prefixes),
+        cache,
         clock,
         token_budget=config.token_budget,
         max_running=config.max_running,
         max_context=config.max_context or model.max_context,
         vocab_size=model.vocabulary,
+        tiers=tiers,
     )
-
-
-def _kv_bytes(config: EngineConfig, precision: str, model: ModelShape) -> float:
-    """Bytes of one element of the KV cache, by the rule of EngineConfig.kv_dtype."""
-    if config.kv_dtype == "int8" or (config.kv_dtype == "auto" and precision in ("int8", "int4")):
-        return 1.0 + _SCALE_BYTES / model.head_dim
-    return 4.0 if precision == "float32" else 2.0
 
 
 def _count_blocks(config: EngineConfig, roofline: Roofline, memory_fraction: float) -> int:
