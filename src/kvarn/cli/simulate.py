@@ -15,7 +15,7 @@ from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.hardware.accelerators import load_accelerator
 from kvarn.hardware.models import load_model_shape
-from kvarn.serving.config import EngineConfig, KVDType, PolicyName, PrecisionChoice
+from kvarn.serving.config import AUTO, EngineConfig, KVDType, PolicyName, PrecisionChoice
 from kvarn.serving.engine import Engine
 from kvarn.simulation import plots, runner, scenarios, traces, workloads
 from kvarn.simulation.assemble import simulated_engine
@@ -81,6 +81,9 @@ def simulate(
     kv_memory: Annotated[
         str, typer.Option(help="KV pool, like 2GiB [dim](default: by fraction)[/].", rich_help_panel=_DEVICE)
     ] = "",
+    host_memory: Annotated[
+        str, typer.Option(help="KV that the pool has no room for; auto: by policy.", rich_help_panel=_DEVICE)
+    ] = "auto",
     policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
     max_running: Annotated[
         int | None, typer.Option(min=1, help="Requests in one batch.", rich_help_panel=_ENGINE)
@@ -135,6 +138,7 @@ def simulate(
         prefill_budget=prefill_budget or device.prefill_budget,
         block_size=block_size,
         kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory") if kv_memory else 0,
+        host_memory_bytes=AUTO if host_memory == "auto" else parse_bytes(host_memory, "--host-memory"),
         share_prefixes=share_prefixes,
         speculation="off",
     )
@@ -177,6 +181,7 @@ def _engine_figures(engine: Engine, load: runner.LoadSeries) -> dict[str, Any]:
     return {
         "steps": engine.counters.steps,
         "preemptions": engine.counters.preemptions,
+        "loads": engine.counters.loads,
         "kv_tokens": engine.cache.pool.num_blocks * engine.cache.block_size,
         "prefix_hit_tokens": engine.cache.hit_tokens,
         "peak_running": max(load.running, default=0),
@@ -191,5 +196,6 @@ def _print(report: Report, figures: dict[str, Any], title: str) -> None:
     rest = Table.grid(padding=(0, 2))
     rest.add_row(" KV pool tokens", f"{figures['kv_tokens']:,} ({figures['peak_kv_share']:.0%} used at most)")
     rest.add_row(" running, waiting", f"{figures['peak_running']}, {figures['peak_waiting']} at most")
-    rest.add_row(" preemptions", f"{figures['preemptions']:,} in {figures['steps']:,} steps")
+    moves = f"{figures['preemptions']:,}, {figures['loads']:,} of them loaded back" if figures["loads"] else ""
+    rest.add_row(" preemptions", moves or f"{figures['preemptions']:,} in {figures['steps']:,} steps")
     console.print(rest)

@@ -7,16 +7,12 @@ import torch
 from kvarn.errors import CapacityError
 from kvarn.models.loader import free_bytes
 from kvarn.models.spec import KVMemory
-from kvarn.serving.config import AUTO, EngineConfig
+from kvarn.serving.config import EngineConfig
 from kvarn.serving.executors.device_copier import DeviceCopier
 from kvarn.serving.executors.host_copier import HostCopier
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier
 from kvarn.serving.kvcache.tiers import Tiers
-
-_POOLS = 4
-"""A host tier of automatic size holds so many times the KV pool, if there is memory for it."""
-_SHARE_OF_FREE_MEMORY = 0.25
 
 
 def build_tiers(config: EngineConfig, cache: KVCache, kv: KVMemory) -> Tiers | None:
@@ -32,11 +28,8 @@ def build_tiers(config: EngineConfig, cache: KVCache, kv: KVMemory) -> Tiers | N
 
 def _host_slots(config: EngineConfig, cache: KVCache, block_bytes: int) -> int:
     """Blocks that the host tier holds: what was asked for, or what a policy that offloads can use."""
-    free, wanted = free_bytes(torch.device("cpu")), config.host_memory_bytes
-    if wanted == AUTO:
-        if config.policy == "fcfs":
-            return 0
-        wanted = min(_POOLS * cache.pool.num_blocks * block_bytes, int(free * _SHARE_OF_FREE_MEMORY))
+    free = free_bytes(torch.device("cpu"))
+    wanted = config.host_tier_bytes(cache.pool.num_blocks * block_bytes, free)
     if wanted > free:
         raise CapacityError(
             f"--host-memory asks for {wanted / 2**20:.0f} MiB; {free / 2**20:.0f} MiB are free: lower it"

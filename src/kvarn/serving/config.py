@@ -14,6 +14,9 @@ KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
 AUTO = -1
 """A size that is chosen where the engine is built."""
+_POOLS = 4
+"""A host tier of automatic size holds so many times the KV pool, if there is memory for it."""
+_SHARE_OF_FREE_MEMORY = 0.25
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +55,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens drafted for a request in one step at most."""
     threads: int = 0
     """Compute threads; 0: one for each processor this process may use."""
+
+    def host_tier_bytes(self, pool_bytes: int, free_bytes: int) -> int:
+        """Of the tier behind a KV pool: what was asked for, or what a policy that offloads can use."""
+        if self.host_memory_bytes != AUTO:
+            return self.host_memory_bytes
+        return 0 if self.policy == "fcfs" else min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""

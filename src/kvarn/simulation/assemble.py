@@ -23,13 +23,12 @@ def simulated_engine(
     model: ModelShape,
     *,
     memory_fraction: float = 0.88,
-    host_memory_bytes: int = 0,
 ) -> Engine:
     """An engine whose clock is a `VirtualClock` and moves by modelled step times.
 
     The KV pool has `config.kv_memory_bytes`, or what is left of `memory_fraction` of the device beside the weights;
-    `host_memory_bytes` are for a second tier behind the device's link, 0 for none. Raises KvarnError for impossible
-    settings, CapacityError when no block fits. Speculation is not simulated.
+    a host tier, where `config` asks for one, is behind the device's link. Raises KvarnError for impossible settings,
+    CapacityError when no block fits. Speculation is not simulated.
     """
     config.validate()
     roofline = Roofline.of(accelerator, model, config.precision, config.kv_dtype)
@@ -37,10 +36,8 @@ def simulated_engine(
     clock = VirtualClock()
     cache = KVCache(num_blocks, config.block_size, share_prefixes=config.share_prefixes)
     block_bytes = int(model.kv_bytes_per_token(roofline.kv_bytes) * config.block_size)
-    tiers = None
-    if host_memory_bytes:
-        copier = SimulatedCopier(HostLink(accelerator), clock, block_bytes=block_bytes)
-        tiers = Tiers(cache, host_memory_bytes // block_bytes, copier)
+    copier = SimulatedCopier(HostLink(accelerator), clock, block_bytes=block_bytes)
+    slots = config.host_tier_bytes(num_blocks * block_bytes, accelerator.host_memory_bytes) // block_bytes
     return Engine(
         SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
         make_policy(config),
@@ -50,7 +47,7 @@ def simulated_engine(
         max_running=config.max_running,
         max_context=config.max_context or model.max_context,
         vocab_size=model.vocabulary,
-        tiers=tiers,
+        tiers=Tiers(cache, slots, copier, block_bytes=block_bytes) if slots else None,
     )
 
 

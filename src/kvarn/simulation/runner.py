@@ -149,6 +149,8 @@ def _run(engine: Engine, clock: VirtualClock, clients: _Clients) -> Run:
         clients.act(before)
         if not engine.has_work:
             if clients.next_event() == float("inf"):
+                while engine.settle() and engine.tiers is not None:
+                    engine.tiers.wait(_IDLE_SECONDS)
                 break
             clock.advance(clients.next_event() - before)
             last_progress = clock.now()

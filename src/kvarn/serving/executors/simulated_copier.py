@@ -37,3 +37,8 @@ class SimulatedCopier:
         now = self.clock.now()
         ends = [queue[0][0] for queue in self._queues.values() if queue]
         self.clock.advance(max(0.0, min([now + seconds, *ends]) - now))
+
+    def close(self) -> None:
+        """Set the clock forward to the end of all."""
+        ends = [queue[-1][0] for queue in self._queues.values() if queue]
+        self.clock.advance(max(0.0, max(ends, default=0.0) - self.clock.now()))
