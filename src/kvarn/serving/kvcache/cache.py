@@ -81,8 +81,10 @@ class KVCache:
         if not self.share_prefixes or full <= request.indexed_blocks or request.prefix_entry < ROOT:
             return
         self._extend_hashes(request, full)
-        for i in range(request.indexed_blocks, full):
-            tokens = request.tokens[i * self.block_size : (i + 1) * self.block_size].tobytes()
+        first, width = request.indexed_blocks, 4 * self.block_size
+        content = request.tokens[first * self.block_size : full * self.block_size].tobytes()
+        for i in range(first, full):
+            tokens = content[(i - first) * width : (i - first + 1) * width]
             entry = self.index.insert(
                 request.block_hashes[i], request.prefix_entry, tokens, int(request.block_table[i]), request.tenant
             )

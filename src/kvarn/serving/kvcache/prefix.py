@@ -9,8 +9,8 @@ if every token of every block before it is the same, whatever the hash function 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +25,15 @@ def chain_hashes(
     """Hashes (16 bytes each) of the full blocks of `tokens`; `known` are those already computed."""
     hashes = list(known)
     parent = hashes[-1] if hashes else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    data = np.ascontiguousarray(tokens, dtype=np.int32)
-    for start in range(len(hashes) * block_size, len(data) - block_size + 1, block_size):
-        parent = blake2b(parent + data[start : start + block_size].tobytes(), digest_size=16).digest()
+    begin, width = len(hashes) * block_size, 4 * block_size
+    data = np.ascontiguousarray(tokens[begin:], dtype=np.int32).tobytes()
+    for start in range(0, len(data) - width + 1, width):
+        parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
         hashes.append(parent)
     return hashes
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixEntry:
+class PrefixEntry(NamedTuple):
     """One indexed block: the tokens it holds, after those of its parent."""
 
     id: int
