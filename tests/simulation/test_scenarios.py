@@ -55,7 +55,8 @@ def test_readers_and_departures_are_shares_of_the_requests() -> None:
     patience = [spec.leaves_after for spec in specs if spec.leaves_after is not None]
     assert len(patience) / 2000 == pytest.approx(0.25, abs=0.04)
     assert np.mean(patience) == pytest.approx(5.0, rel=0.2)
-    assert with_clients(specs) == specs
+    assert with_clients(specs, stream_rate=30.0) == with_clients(specs) == specs
+    assert {spec.stream_rate for spec in with_clients([RequestSpec(0.0, 5, 6)], stream_rate=30.0)} == {30.0}
     assert {spec.stream_rate for spec in with_clients(specs, "12")} == {12.0}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,93 +24,48 @@ from kvarn.simulation.report import Report, Slo, render, summarize
 from kvarn.simulation.workloads import RequestSpec
 
 TraceFormat = Literal["auto", "mooncake", "azure", "burstgpt", "sharegpt", "kvarn"]
-_WORKLOAD, _DEVICE, _ENGINE, _OUTPUT = "Workload", "Device and model", "Engine", "Results"
+_work = partial(typer.Option, rich_help_panel="Workload")
+_device = partial(typer.Option, rich_help_panel="Device and model")
+_engine = partial(typer.Option, rich_help_panel="Engine")
+_result = partial(typer.Option, rich_help_panel="Results")
 
 
 def simulate(
-    workload: Annotated[
-        str, typer.Option(help="burst:60, poisson:2, gamma:2,cv=3 or burstgpt:2.", rich_help_panel=_WORKLOAD)
-    ] = "burst:60",
-    trace: Annotated[Path | None, typer.Option(help="Replay this file instead.", rich_help_panel=_WORKLOAD)] = None,
-    trace_format: Annotated[TraceFormat, typer.Option(help="What it is.", rich_help_panel=_WORKLOAD)] = "auto",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="sharegpt: model whose tokens count.", rich_help_panel=_WORKLOAD)
-    ] = None,
-    requests: Annotated[
-        int | None, typer.Option("--requests", "-n", min=1, help="How many; all of a trace.", rich_help_panel=_WORKLOAD)
-    ] = None,
-    speed: Annotated[float, typer.Option(help="trace: replay so many times as fast.", rich_help_panel=_WORKLOAD)] = 1.0,
-    max_input: Annotated[
-        int | None, typer.Option(min=1, help="trace: cut prompts to this.", rich_help_panel=_WORKLOAD)
-    ] = None,
-    max_output: Annotated[
-        int | None, typer.Option(min=1, help="trace: cut outputs to this.", rich_help_panel=_WORKLOAD)
-    ] = None,
-    input_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Prompt length (mean).", rich_help_panel=_WORKLOAD)
-    ] = None,
-    input_deviation: Annotated[
-        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
-    ] = 0.0,
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Output length (mean).", rich_help_panel=_WORKLOAD)
-    ] = None,
-    output_deviation: Annotated[
-        float, typer.Option(min=0, help="Its deviation; 0: all equal.", rich_help_panel=_WORKLOAD)
-    ] = 0.0,
-    stream_rate: Annotated[
-        float, typer.Option(min=0, help="Tokens/s read; 0: no reader.", rich_help_panel=_WORKLOAD)
-    ] = 20.0,
-    readers: Annotated[str, typer.Option(help="Mixed readers instead: 0.4:15,0.6:20.", rich_help_panel=_WORKLOAD)] = "",
-    abandon: Annotated[
-        str, typer.Option(help="Share that leaves : after mean seconds, 0.1:5.", rich_help_panel=_WORKLOAD)
-    ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.", rich_help_panel=_WORKLOAD)] = 0,
-    hardware: Annotated[
-        str, typer.Option(help="rtx4090, a6000, a100-80, h100, h200, cpu or a profile.", rich_help_panel=_DEVICE)
-    ] = "h200",
-    model: Annotated[
-        str, typer.Option(help="llama3-8b, qwen2-7b, smollm2, ... or a folder.", rich_help_panel=_DEVICE)
-    ] = "llama3-8b",
-    precision: Annotated[
-        PrecisionChoice, typer.Option(help="Of the weights; auto: bfloat16.", rich_help_panel=_DEVICE)
-    ] = "auto",
-    kv_dtype: Annotated[KVDType, typer.Option(help="Of cached keys and values.", rich_help_panel=_DEVICE)] = "auto",
-    memory_fraction: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Memory for weights and KV.", rich_help_panel=_DEVICE)
-    ] = 0.88,
-    kv_memory: Annotated[
-        str, typer.Option(help="KV pool, like 2GiB [dim](default: by fraction)[/].", rich_help_panel=_DEVICE)
-    ] = "",
-    host_memory: Annotated[
-        str, typer.Option(help="KV that the pool has no room for; auto: by policy.", rich_help_panel=_DEVICE)
-    ] = "auto",
-    policy: Annotated[PolicyName, typer.Option(help="Scheduling policy.", rich_help_panel=_ENGINE)] = "fcfs",
-    max_running: Annotated[
-        int | None, typer.Option(min=1, help="Requests in one batch.", rich_help_panel=_ENGINE)
-    ] = None,
-    token_budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens computed in one step.", rich_help_panel=_ENGINE)
-    ] = None,
-    prefill_budget: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens beside decoding.", rich_help_panel=_ENGINE)
-    ] = None,
-    max_context: Annotated[
-        int, typer.Option(min=0, help="Tokens a request may have; 0: the model's.", rich_help_panel=_ENGINE)
-    ] = 0,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=_ENGINE)] = 16,
-    share_prefixes: Annotated[bool, typer.Option(help="Reuse equal prefixes.", rich_help_panel=_ENGINE)] = True,
-    slo_ttft: Annotated[
-        float | None, typer.Option(min=0, help="Goodput: seconds to first token.", rich_help_panel=_OUTPUT)
-    ] = None,
-    slo_tpot: Annotated[
-        float | None, typer.Option(min=0, help="Goodput: seconds per token.", rich_help_panel=_OUTPUT)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.", rich_help_panel=_OUTPUT)] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for report and requests.", rich_help_panel=_OUTPUT)
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.", rich_help_panel=_OUTPUT)] = None,
+    workload: Annotated[str, _work(help="burst:60, poisson:2, gamma:2,cv=3 or burstgpt:2.")] = "burst:60",
+    trace: Annotated[Path | None, _work(help="Replay this file instead.")] = None,
+    trace_format: Annotated[TraceFormat, _work(help="What it is.")] = "auto",
+    tokenizer: Annotated[str | None, _work(help="sharegpt: model whose tokens count.")] = None,
+    requests: Annotated[int | None, _work("--requests", "-n", min=1, help="How many; all of a trace.")] = None,
+    speed: Annotated[float, _work(help="trace: replay so many times as fast.")] = 1.0,
+    max_input: Annotated[int | None, _work(min=1, help="trace: cut prompts to this.")] = None,
+    max_output: Annotated[int | None, _work(min=1, help="trace: cut outputs to this.")] = None,
+    input_tokens: Annotated[int | None, _work(min=1, help="Prompt length (mean).")] = None,
+    input_deviation: Annotated[float, _work(min=0, help="Its deviation; 0: all equal.")] = 0.0,
+    output_tokens: Annotated[int | None, _work(min=1, help="Output length (mean).")] = None,
+    output_deviation: Annotated[float, _work(min=0, help="Its deviation; 0: all equal.")] = 0.0,
+    stream_rate: Annotated[float, _work(min=0, help="Tokens/s read; 0: no reader.")] = 20.0,
+    readers: Annotated[str, _work(help="Mixed readers instead: 0.4:15,0.6:20.")] = "",
+    abandon: Annotated[str, _work(help="Share that leaves : after mean seconds, 0.1:5.")] = "",
+    seed: Annotated[int, _work(min=0, help="Of everything random.")] = 0,
+    hardware: Annotated[str, _device(help="rtx4090, a6000, a100-80, h100, h200, cpu or a profile.")] = "h200",
+    model: Annotated[str, _device(help="llama3-8b, qwen2-7b, smollm2, ... or a folder.")] = "llama3-8b",
+    precision: Annotated[PrecisionChoice, _device(help="Of the weights; auto: bfloat16.")] = "auto",
+    kv_dtype: Annotated[KVDType, _device(help="Of cached keys and values.")] = "auto",
+    memory_fraction: Annotated[float, _device(min=0.01, max=1.0, help="Memory for weights and KV.")] = 0.88,
+    kv_memory: Annotated[str, _device(help="KV pool, like 2GiB [dim](default: by fraction)[/].")] = "",
+    host_memory: Annotated[str, _device(help="KV that the pool has no room for; auto: by policy.")] = "auto",
+    policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = "fcfs",
+    max_running: Annotated[int | None, _engine(min=1, help="Requests in one batch.")] = None,
+    token_budget: Annotated[int | None, _engine(min=1, help="Tokens computed in one step.")] = None,
+    prefill_budget: Annotated[int | None, _engine(min=1, help="Prompt tokens beside decoding.")] = None,
+    max_context: Annotated[int, _engine(min=0, help="Tokens a request may have; 0: the model's.")] = 0,
+    block_size: Annotated[int, _engine(min=1, help="Tokens in a KV block.")] = 16,
+    share_prefixes: Annotated[bool, _engine(help="Reuse equal prefixes.")] = True,
+    slo_ttft: Annotated[float | None, _result(min=0, help="Goodput: seconds to first token.")] = None,
+    slo_tpot: Annotated[float | None, _result(min=0, help="Goodput: seconds per token.")] = None,
+    as_json: Annotated[bool, _result("--json", help="Print JSON, no table.")] = False,
+    output: Annotated[Path | None, _result(help="Folder for report and requests.")] = None,
+    plot: Annotated[Path | None, _result(help="Folder to draw pictures into.")] = None,
 ) -> None:
     """Run the real scheduler and KV cache on a modelled device: the report of `bench serve` in virtual time.
 
@@ -126,7 +82,7 @@ def simulate(
         prompt = lengths(input_tokens, input_deviation) if input_tokens else None
         answer = lengths(output_tokens, output_deviation) if output_tokens else None
         specs = scenarios.synthetic(workload, requests=requests, prompt=prompt, output=answer, seed=seed)
-    specs = scenarios.with_clients(specs, readers, abandon, seed=seed)
+    specs = scenarios.with_clients(specs, readers, abandon, stream_rate=stream_rate or None, seed=seed)
     config = EngineConfig(
         model=shape.name,
         precision=precision,

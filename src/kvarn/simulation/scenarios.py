@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvarn.simulation import workloads
 from kvarn.simulation.workloads import Arrivals, Fixed, Lengths, LogNormal, RequestSpec, WorkloadError
@@ -69,10 +69,18 @@ def synthetic(
 
 
 def with_clients(
-    specs: Sequence[RequestSpec], readers: str = "", departures: str = "", *, seed: int = 0
+    specs: Sequence[RequestSpec],
+    readers: str = "",
+    departures: str = "",
+    *,
+    stream_rate: float | None = None,
+    seed: int = 0,
 ) -> list[RequestSpec]:
-    """The same requests with readers and departures as written; empty texts leave them as they are."""
-    chosen = list(specs)
+    """The same requests with readers and departures as written; empty texts leave them as they are.
+
+    `stream_rate` (tokens per second) is for readers that nothing is known of.
+    """
+    chosen = [replace(spec, stream_rate=spec.stream_rate or stream_rate) for spec in specs]
     if readers:
         classes = [part.rpartition(":")[::2] for part in readers.split(",")]
         pairs = [(_number(share or "1", readers), _number(rate, readers)) for share, rate in classes]
