@@ -140,10 +140,12 @@ def make_engine(
     share: bool = True,
     policy: Policy | None = None,
     host_slots: int = 0,
+    step: float | None = None,
 ) -> Engine:
-    """With `host_slots`, an engine with a second tier that a TextCopier copies to."""
+    """With `host_slots`, an engine with a second tier that a TextCopier copies to. `step`: seconds that steps take."""
     clock = VirtualClock()
-    executor = PagedTextExecutor(num_blocks, block_size, lambda: clock.advance(0.25) if host_slots else None)
+    seconds = step if step is not None else 0.25 if host_slots else 0.0
+    executor = PagedTextExecutor(num_blocks, block_size, lambda: clock.advance(seconds))
     cache = KVCache(num_blocks, block_size, share_prefixes=share)
     engine = Engine(
         executor,

@@ -67,9 +67,9 @@ def decide(
 ) -> Decision:
     held = {view.id: view.num_blocks for view in running}
     snapshot = Snapshot(
-        waiting, running, available, SIZE, budget, 8, prefix_hit=lambda id: hit, reclaimable_blocks=held.__getitem__,
-        shares_prefix=lambda id, other, tokens: (id, other) in shared, costs=Costs(),
-        loading=loading, tiers=tiers,
+        waiting, running, available, SIZE, budget, 8, num_blocks=1000, prefix_hit=lambda id: hit,
+        reclaimable_blocks=held.__getitem__, shares_prefix=lambda id, other, tokens: (id, other) in shared,
+        costs=Costs(), loading=loading, tiers=tiers,
     )  # fmt: skip
     return policy.decide(snapshot, 0.0)
 

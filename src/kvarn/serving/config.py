@@ -9,9 +9,14 @@ import msgspec
 from kvarn.errors import KvarnError
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
-PolicyName = Literal["fcfs"]
+PolicyName = Literal[
+    "fcfs", "streaming", "fcfs-conservative", "fcfs-paced", "lifo", "round-robin", "least-slack", "qoe-swap",
+    "qoe-recompute",
+]  # fmt: skip
 KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
+OFFLOADING: frozenset[PolicyName] = frozenset({"streaming", "round-robin", "least-slack", "qoe-swap"})
+"""Policies that take requests off the device while others wait, and bring them back."""
 AUTO = -1
 """A size that is chosen where the engine is built."""
 _POOLS = 4
@@ -60,7 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Of the tier behind a KV pool: what was asked for, or what a policy that offloads can use."""
         if self.host_memory_bytes != AUTO:
             return self.host_memory_bytes
-        return 0 if self.policy == "fcfs" else min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
+        return 0 if self.policy not in OFFLOADING else min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""

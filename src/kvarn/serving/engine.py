@@ -377,6 +377,7 @@ class Engine:
             block_size=self.cache.block_size,
             token_budget=self.token_budget,
             max_running=self.max_running,
+            num_blocks=self.cache.pool.num_blocks,
             prefix_hit=lambda id: self.cache.lookup(self._requests[id]),
             reclaimable_blocks=lambda id: self.cache.reclaimable(self._requests[id]),
             shares_prefix=lambda id, other, tokens: self.cache.shares_prefix(

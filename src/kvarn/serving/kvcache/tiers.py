@@ -86,16 +86,19 @@ class Tiers:
 
     def unmirrored(self, request: Request) -> int:
         """Full blocks of a running request that have no copy on the host, finished or under way."""
-        return request.num_computed // self.cache.block_size - len(self._mirrored(request))
+        return request.num_computed // self.cache.block_size - len(self._mirrors.get(request.id, ()))
 
     def mirror(self, request: Request, limit: int) -> int:
         """Queue copies of at most `limit` of a running request's full blocks that have none; how many were queued.
 
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
-        size, salt, mirrors = self.cache.block_size, self.cache.salt(request), self._mirrored(request)
+        size, mirrors = self.cache.block_size, self._mirrors.get(request.id, [])
         self._barred.discard(request.id)
         full = request.num_computed // size
+        if len(mirrors) >= full:
+            return 0
+        salt = self.cache.salt(request)
         hashes = self.cache.hashes(request, full)
         blocks: list[int] = []
         entries: list[HostEntry] = []
@@ -122,7 +125,7 @@ class Tiers:
 
     def give_up_mirrors(self, request: Request, count: int) -> int:
         """Let go of the last `count` host blocks of a request, to make room; how many may be evicted now for it."""
-        mirrors = self._mirrored(request)
+        mirrors = self._mirrors.get(request.id, [])
         before = self.host.num_available
         for _ in range(min(count, len(mirrors))):
             self.host.unpin(mirrors.pop())
@@ -166,10 +169,10 @@ class Tiers:
             flight = self._flights.pop(job)
             failed = job.error is not None
             self.counters.failed_copies += failed
-            for entry in flight.entries:
-                if failed:
-                    self.host.drop(entry)
-                elif job.direction is Direction.TO_HOST:
+            if failed:
+                self._drop(flight.entries)
+            for entry in flight.entries if not failed else ():
+                if job.direction is Direction.TO_HOST:
                     self.host.written(entry)
                 else:
                     self.host.unpin(entry)
@@ -214,16 +217,17 @@ class Tiers:
 
     # ---- small parts -------------------------------------------------------------------------------------
 
-    def _mirrored(self, request: Request) -> list[HostEntry]:
-        """Host entries of a request's leading blocks; those behind one that was lost no longer count."""
-        mirrors = self._mirrors.get(request.id, [])
-        for i, entry in enumerate(mirrors):
-            if entry.lost:
-                for other in mirrors[i + 1 :]:
-                    self.host.unpin(other)
-                del mirrors[i:]
-                break
-        return mirrors
+    def _drop(self, entries: list[HostEntry]) -> None:
+        """Forget host blocks whose content is wrong; of who mirrored them, those behind no longer count."""
+        for entry in entries:
+            self.host.drop(entry)
+        for mirrors in self._mirrors.values():
+            for i, entry in enumerate(mirrors):
+                if entry.lost:
+                    for other in mirrors[i + 1 :]:
+                        self.host.unpin(other)
+                    del mirrors[i:]
+                    break
 
     def _loadable_blocks(self, request: Request) -> int:
         hit = self.cache.lookup(request).tokens // self.cache.block_size
@@ -268,6 +272,10 @@ class TierBooks:
     def __init__(self, tiers: Tiers, requests: Mapping[str, Request]) -> None:
         self._tiers = tiers
         self._requests = requests
+
+    @property
+    def host_blocks(self) -> int:
+        return self._tiers.host.num_slots
 
     @property
     def coming_blocks(self) -> int:

@@ -14,6 +14,7 @@ class ReaderView(Protocol):
     def rate(self) -> float: ...
     @property
     def started(self) -> bool: ...
+    def dry_at(self) -> float: ...
     def slack(self, now: float) -> float: ...
     def buffer(self, now: float) -> int: ...
 
@@ -58,6 +59,11 @@ class CostView(Protocol):
 
 class TierView(Protocol):
     """What the engine knows of KV on the host."""
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks the host has room for in all."""
+        ...
 
     @property
     def coming_blocks(self) -> int:
@@ -106,6 +112,8 @@ class Snapshot:
     token_budget: int
     """Tokens that one step may compute."""
     max_running: int
+    num_blocks: int
+    """Blocks of the device in all."""
     prefix_hit: Callable[[str], PrefixHitView]
     """What the prefix cache holds of the waiting request of this id."""
     reclaimable_blocks: Callable[[str], int]

@@ -7,12 +7,28 @@ from collections.abc import Callable
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
+from kvarn.serving.policies.ranked import QoEGreedy, Ranked, RoundRobin, least_slack
+from kvarn.serving.policies.reserving import Reserving
+from kvarn.serving.policies.streaming.policy import Streaming
+from kvarn.serving.policies.streaming.settings import StreamingSettings
 
-_POLICIES: dict[str, Callable[[EngineConfig], Policy]] = {
-    "fcfs": lambda config: FirstComeFirstServed(prefill_budget=config.prefill_budget)
+_AHEAD = 2.0
+"""Seconds of text that pacing keeps a reader ahead."""
+
+_POLICIES: dict[str, Callable[[int], Policy]] = {
+    "fcfs": lambda prompts: FirstComeFirstServed(prefill_budget=prompts),
+    "streaming": lambda prompts: Streaming(StreamingSettings(prefill_budget=prompts)),
+    "fcfs-conservative": lambda prompts: Reserving(prompts),
+    "fcfs-paced": lambda prompts: Reserving(prompts, ahead=_AHEAD),
+    "lifo": lambda prompts: FirstComeFirstServed(0, prompts, last_admitted=True),
+    "round-robin": lambda prompts: Ranked(RoundRobin(), prefill_budget=prompts),
+    "least-slack": lambda prompts: Ranked(least_slack, prefill_budget=prompts),
+    "qoe-swap": lambda prompts: Ranked(QoEGreedy(), prefill_budget=prompts),
+    "qoe-recompute": lambda prompts: Ranked(QoEGreedy(), prefill_budget=prompts, offload=False),
 }
+"""By name; made from the prompt tokens that a step may compute beside decoding."""
 
 
 def make_policy(config: EngineConfig) -> Policy:
     """A new policy as `config` asks for it; `config` must be valid."""
-    return _POLICIES[config.policy](config)
+    return _POLICIES[config.policy](config.prefill_budget)

@@ -1,0 +1,183 @@
+"""The books of one decision, which every policy keeps: what is granted, who gives way, and what is then left.
+
+A policy says in which order it wants things; this file sees to it that grants fit the step's tokens and the device's
+blocks. When a running request finds no block, others give way, in an order that is the policy's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+
+from kvarn.serving.policies.loading import worth_loading
+from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
+
+
+class Step:
+    """Budget and blocks left while a decision is being made.
+
+    running   the snapshot's running requests, those to be served first in front
+    givers    running requests in the order in which they keep their blocks: the last one gives way first. Asked for
+              once, if blocks are short; as `running` if left out
+    offload   whether blocks without a copy on the host are copied there before a request gives them up
+    load      whether requests come back from the host, where that is sooner than computing them
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        running: Sequence[RequestView],
+        *,
+        givers: Callable[[], Sequence[RequestView]] | None = None,
+        offload: bool = False,
+        load: bool = True,
+    ) -> None:
+        self.snapshot = snapshot
+        self.running = running
+        self.offload = offload and snapshot.tiers is not None
+        self.load = load
+        self.budget = snapshot.token_budget
+        self.available = snapshot.available_blocks
+        self.promised = sum([snapshot.blocks_for(r.num_tokens) - r.num_blocks for r in snapshot.loading])
+        """Blocks that admitted prompts still need for chunks to come, and loaded ones for what is not loaded."""
+        self.num_running = len(running) + len(snapshot.loading)
+        self.grants: list[Grant] = []
+        self.evicted: dict[str, None] = {}
+        self.served: set[str] = set()
+        self.computing: list[str] = []
+        """Requests whose prompts are being computed or loaded."""
+        self.admitted = 0
+        """Waiting requests that were granted tokens, or are loaded."""
+        self._coming = 0
+        self._keepers = givers
+        self._givers: list[RequestView] | None = None
+        self._preempted: list[str] = []
+        self._offloaded: list[str] = []
+        self._loads: list[str] = []
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_running >= self.snapshot.max_running or self.budget == 0
+
+    @property
+    def coming(self) -> int:
+        """Blocks that will be nobody's once copies to the host have ended."""
+        return self._coming + (0 if self.snapshot.tiers is None else self.snapshot.tiers.coming_blocks)
+
+    def decision(self, wake_at: float = float("inf")) -> Decision:
+        return Decision(tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), wake_at)
+
+    # ---- those that run ----------------------------------------------------------------------------------
+
+    def continue_decoding(self, paused: Container[str] = ()) -> list[RequestView]:
+        """Grant every decode row but the paused ones; the running requests that still prefill are returned."""
+        decoding, prefilling, needed = [], [], 0
+        size = self.snapshot.block_size
+        for request in self.running:
+            total = request.num_tokens
+            if total - request.num_computed > 1:
+                prefilling.append(request)
+            elif request.id not in paused and request.id not in self.evicted:
+                decoding.append(request)
+                needed += total > request.num_blocks * size
+        while needed > self.available:
+            self.evict(self._next_giver())
+            decoding = [request for request in decoding if request.id not in self.evicted]
+            needed = sum(request.num_tokens > request.num_blocks * size for request in decoding)
+        if len(decoding) <= self.budget:
+            # Everybody fits, as in nearly every step: the books need no line for each of them.
+            self.grants = [Grant(request.id, 1) for request in decoding]
+            self.served.update(request.id for request in decoding)
+            self.budget -= len(decoding)
+            self.available -= needed
+        else:
+            for request in decoding:
+                self.continue_running(request)
+        return prefilling
+
+    def continue_running(self, request: RequestView, limit: int | None = None) -> None:
+        """Grant the next tokens (at most `limit`) of a running request; others give way if blocks are short."""
+        tokens = min(request.num_uncomputed, self.budget if limit is None else min(limit, self.budget))
+        if tokens <= 0 or request.id in self.evicted:
+            return
+        needed = max(0, self.snapshot.blocks_for(request.num_computed + tokens) - request.num_blocks)
+        while needed > self.available:
+            giver = self._next_giver()
+            self.evict(giver)
+            if giver is request:
+                return
+        self._grant(request.id, tokens, needed)
+        self.promised += self.snapshot.blocks_for(request.num_tokens) - self.snapshot.blocks_for(
+            request.num_computed + tokens
+        )
+
+    def evict(self, request: RequestView) -> None:
+        """Take a running request off the device, through the host where its blocks are copied first."""
+        self.evicted[request.id] = None
+        self.num_running -= 1
+        freed, dirty = self.snapshot.reclaimable_blocks(request.id), 0
+        if self.offload:
+            assert self.snapshot.tiers is not None
+            dirty = self.snapshot.tiers.unmirrored_blocks(request.id)
+        (self._offloaded if dirty else self._preempted).append(request.id)
+        self.available += max(0, freed - dirty)
+        self._coming += min(freed, dirty)
+
+    # ---- those that wait ---------------------------------------------------------------------------------
+
+    def admit_in_order(self, waiting: Iterable[RequestView], headroom_blocks: int) -> None:
+        """Admit waiting requests until one of them has to wait: nobody overtakes."""
+        for request in waiting:
+            if self.is_full:
+                return
+            if not self.is_coming(request) and not self.admit(request, headroom_blocks * self.num_running):
+                return
+
+    def is_coming(self, request: RequestView) -> bool:
+        """Whether half or more of what a waiting request lacks is being computed for another one."""
+        if not self.computing:
+            return False
+        hit = self.snapshot.prefix_hit(request.id).tokens
+        half = request.num_tokens - (request.num_tokens - hit) // 2
+        return any(self.snapshot.shares_prefix(request.id, other, half) for other in self.computing)
+
+    def admit(self, request: RequestView, headroom_blocks: int = 0) -> bool:
+        """Grant the first tokens of a waiting request, or load them.
+
+        False when the blocks for all of it are not there, or not so many more.
+        """
+        hit = self.snapshot.prefix_hit(request.id)
+        whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
+        spare = self.available - self.promised - hit.idle_blocks
+        # With nothing running there is nobody to leave headroom for: the head of the queue always gets in.
+        if whole + (headroom_blocks if self.num_running else 0) > spare:
+            return False
+        loaded = worth_loading(self.snapshot, request, hit.tokens) if self.load else 0
+        tokens = loaded or min(request.num_tokens - hit.tokens, self.budget)
+        first = self.snapshot.blocks_for(hit.tokens + tokens) - hit.tokens // self.snapshot.block_size
+        self.promised += whole - first
+        if loaded:
+            self._loads.append(request.id)
+            self.available -= first + hit.idle_blocks
+        else:
+            self._grant(request.id, tokens, first + hit.idle_blocks)
+        self.computing.append(request.id)
+        self.num_running += 1
+        self.admitted += 1
+        return True
+
+    # ---- small parts -------------------------------------------------------------------------------------
+
+    def _grant(self, id: str, tokens: int, blocks: int) -> None:
+        self.grants.append(Grant(id, tokens))
+        self.served.add(id)
+        self.budget -= tokens
+        self.available -= blocks
+
+    def _next_giver(self) -> RequestView:
+        if self._givers is None:
+            self._givers = list(self.running if self._keepers is None else self._keepers())
+        while self._givers:
+            request = self._givers.pop()
+            if request.id not in self.served and request.id not in self.evicted:
+                return request
+        raise AssertionError("the request that needs blocks is itself unserved")

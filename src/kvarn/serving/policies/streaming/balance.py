@@ -1,0 +1,254 @@
+"""Who should be on the device for the next tick: one look at everybody, from snapshot to plan.
+
+First the working set grows: newcomers are let in while memory, the device's speed and the buffers of those who would
+make room for them allow. Then everybody let in competes for the device's blocks by what being there gains; a greedy
+choice by gain per block, improved by one pass of swaps between neighbours in that order.
+
+Source: TokenFlow (arXiv 2510.02758), 4.2 and 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.serving.policies.plan import Plan
+from kvarn.serving.policies.protocol import RequestView, Snapshot
+from kvarn.serving.policies.streaming.estimates import Estimates
+from kvarn.serving.policies.streaming.gains import Column, gains
+from kvarn.serving.policies.streaming.settings import StreamingSettings
+
+_PINNED = 1e9
+"""Gain of what is not up for choice."""
+
+
+class Candidates:
+    """Everybody who has been let in and is not being loaded, as columns: residents first, then the suspended."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        residents: Sequence[RequestView],
+        suspended: Sequence[RequestView],
+        now: float,
+        estimates: Estimates,
+        settings: StreamingSettings,
+    ) -> None:
+        self.requests = [*residents, *suspended]
+        self.num_residents = len(residents)
+        costs, size = snapshot.costs, snapshot.block_size
+        tokens = _column([request.num_tokens for request in self.requests])
+        self.dry = _column([request.reader.dry_at() for request in self.requests])
+        self.slack = np.maximum(0.0, self.dry - now)
+        rate = _column([request.reader.rate for request in self.requests])
+        self.step_seconds = costs.decode_seconds(max(1, len(residents)), int(tokens[: self.num_residents].sum()))
+        growth = 1 + int(settings.tick / self.step_seconds)
+        self.blocks = np.minimum(np.ceil((tokens + growth) / size), max(1, snapshot.num_blocks))
+        """What each needs until the next look."""
+        self.back_seconds = tokens * costs.prefill_seconds(1)
+        """What bringing each back would take."""
+        self.gone_seconds = 0.0
+        """What giving its blocks up would take, for one with little that is not on the host."""
+        if snapshot.tiers is not None and settings.offload:
+            queue = snapshot.tiers.read_seconds(0)
+            block = snapshot.tiers.read_seconds(1) - queue
+            self.back_seconds = np.minimum(self.back_seconds, queue + np.ceil(tokens / size) * block)
+            self.gone_seconds = snapshot.tiers.write_seconds(1)
+        self.switch_seconds = self.gone_seconds + float(self.back_seconds.mean()) if len(tokens) else 0.0
+        self.critical = settings.tick + self.switch_seconds + 2 * self.step_seconds
+        """Seconds of slack below which nobody is taken off the device."""
+        self.stay = 0.0
+        """Seconds that everybody stays where he was moved to."""
+        if settings.hysteresis:
+            self.stay = max(
+                settings.residence_steps * self.step_seconds, settings.residence_switches * self.switch_seconds
+            )
+        overhead = self.back_seconds.copy()
+        overhead[: self.num_residents] = 0.0
+        unread = self.slack * rate
+        self.length = _column([estimates.expected_length(request) for request in self.requests])
+        self.prompt = _column([request.prompt_length for request in self.requests])
+        self.unread = unread / self.length
+        """Share of its expected text that each reader has before him."""
+        self.gain = gains(
+            np.maximum(0.0, self.slack - overhead),
+            np.maximum(0.0, unread - overhead * rate),
+            self.length,
+            overhead,
+            estimates.delay,
+            settings.tick + self.switch_seconds,
+            settings,
+        )
+        # Who has been without tokens for long comes first, the longest of them before the others.
+        thirst = now - self.dry - settings.patience * settings.tick
+        started = np.isfinite(self.dry)
+        self.starving = started & (thirst > 0)
+        self.starving[: self.num_residents] = False
+        self.gain[self.starving] += 1e3 * (1.0 + thirst[self.starving])
+        self.pinned = self._pinned(now, settings)
+
+    def _pinned(self, now: float, settings: StreamingSettings) -> NDArray[np.bool_]:
+        """Residents that stay: still being prefilled, just moved, short of tokens, or moved often enough."""
+        residents = self.requests[: self.num_residents]
+        pinned = np.zeros(len(self.requests), dtype=np.bool_)
+        self.settling = np.zeros(len(self.requests), dtype=np.bool_)
+        if not residents:
+            return pinned
+        count = self.num_residents
+        moved = _column([request.moved_at for request in residents])
+        self.settling[:count] = moved > now - self.stay
+        self.settling[:count] |= np.array([request.num_uncomputed > 1 for request in residents])
+        tired = np.array([request.preemptions >= settings.max_preemptions for request in residents])
+        pinned[:count] = self.settling[:count] | tired | (self.slack[:count] < self.critical)
+        return pinned
+
+
+def balance(
+    snapshot: Snapshot,
+    table: Candidates,
+    newcomers: Sequence[RequestView],
+    now: float,
+    estimates: Estimates,
+    settings: StreamingSettings,
+    paused: frozenset[str],
+) -> Plan:
+    """The plan for the next tick. `paused`: who skips steps so far."""
+    held = sum([request.num_blocks for request in snapshot.running]) + snapshot.available_blocks
+    if snapshot.tiers is not None:
+        held += snapshot.tiers.coming_blocks
+    loading = sum([snapshot.blocks_for(request.num_tokens) - request.num_blocks for request in snapshot.loading])
+    # Blocks that requests share count for each of them, here as in what each needs.
+    room = held - loading
+    places = snapshot.max_running - len(snapshot.loading)
+    _unpin_for_the_starving(table, room, places)
+    admitted, wanted = _newcomers(snapshot, newcomers, table, room, places, estimates, settings)
+    chosen = _choose(table, room - wanted, places - len(admitted), settings)
+    count = table.num_residents
+    victims = [i for i in np.argsort(-table.gain[:count], kind="stable").tolist() if not chosen[i]]
+    back = [i for i in np.argsort(-table.gain, kind="stable").tolist() if i >= count and chosen[i]]
+    starving = [table.requests[i] for i in back if table.starving[i]]
+    others = [table.requests[i] for i in back if not table.starving[i]]
+    short = bool(newcomers or (table.slack < table.critical).any())
+    return Plan(
+        bring=[*starving, *_merged(admitted, others, table, now)],
+        victims=[table.requests[i] for i in victims],
+        paused=_paused(table, paused, short, settings),
+    )
+
+
+def _newcomers(
+    snapshot: Snapshot,
+    newcomers: Sequence[RequestView],
+    table: Candidates,
+    room: float,
+    places: int,
+    estimates: Estimates,
+    settings: StreamingSettings,
+) -> tuple[list[RequestView], float]:
+    """Step 1: whom to let in, in the order of arrival, and the blocks they need."""
+    limit = _working_set(snapshot, table, estimates, settings)
+    count = table.num_residents
+    detour = table.gone_seconds + table.back_seconds[:count] + settings.tick
+    safe = (table.slack[:count] >= settings.safety * detour) & ~table.pinned[:count]
+    safe_blocks, safe_places = float(table.blocks[:count][safe].sum()), int(safe.sum())
+    due = (table.slack < table.critical) & (np.arange(len(table.requests)) >= count)
+    room += safe_blocks - float(table.blocks[:count].sum()) - float(table.blocks[due].sum())
+    places += safe_places - count - int(due.sum())
+    prefill = snapshot.costs.prefill_seconds(1)
+    backlog = sum([request.num_uncomputed for request in snapshot.running if request.num_uncomputed > 1]) * prefill
+    serving = len(table.requests) + len(snapshot.loading)
+    # What everybody will hold in the end: whoever fits beside that needs nobody's buffer, and nobody's permission.
+    held = float(np.ceil((table.prompt + table.length) / snapshot.block_size).sum())
+    held += sum([snapshot.blocks_for(request.prompt_length + request.max_outputs) for request in snapshot.loading])
+    admitted: list[RequestView] = []
+    wanted, demand = 0.0, 0.0
+    for request in newcomers:
+        need = snapshot.blocks_for(request.num_tokens) + settings.headroom_blocks
+        demand += request.reader.rate
+        held += snapshot.blocks_for(request.prompt_length + int(estimates.expected_length(request)))
+        alone = serving == 0 and not admitted
+        fits = wanted + need <= room and len(admitted) < places
+        allowed = serving + len(admitted) < limit and estimates.allows(demand)
+        if not alone and not (fits and (allowed or held <= snapshot.num_blocks)):
+            break
+        admitted.append(request)
+        wanted += need
+        backlog += request.num_tokens * prefill
+        if backlog > 2 * settings.tick:
+            break
+    return admitted, wanted
+
+
+def _working_set(snapshot: Snapshot, table: Candidates, estimates: Estimates, settings: StreamingSettings) -> float:
+    """How many requests to serve at once (Eq. 4 and 5); no bound where suspended ones need no memory."""
+    if snapshot.tiers is None or not table.requests:
+        return float("inf")
+    memory = (snapshot.num_blocks + snapshot.tiers.host_blocks) * snapshot.block_size
+    static = memory / float((table.prompt + table.length).mean())
+    if table.num_residents >= snapshot.max_running:
+        return static
+    return static - settings.contraction * (static - min(static, table.num_residents))
+
+
+def _unpin_for_the_starving(table: Candidates, room: float, places: int) -> None:
+    """Where everybody is short of tokens, those on the device take turns with those who have waited longest."""
+    if not table.starving.any():
+        return
+    need = float(table.blocks[table.pinned | table.starving].sum()) - room
+    rows = int((table.pinned | table.starving).sum()) - places
+    for i in np.argsort(-table.slack[: table.num_residents], kind="stable").tolist():
+        if need <= 0 and rows <= 0:
+            return
+        if table.pinned[i] and not table.settling[i]:
+            table.pinned[i] = False
+            need -= float(table.blocks[i])
+            rows -= 1
+
+
+def _choose(table: Candidates, room: float, places: int, settings: StreamingSettings) -> list[bool]:
+    """Step 2: who of the candidates is to be on the device."""
+    gain = table.gain.copy()
+    if settings.hysteresis:
+        gain[: table.num_residents] *= np.where(gain[: table.num_residents] > 0, settings.retention, 1.0)
+    gain[table.pinned] += _PINNED
+    order = np.argsort(-gain / table.blocks, kind="stable").tolist()
+    blocks, gained = table.blocks.tolist(), gain.tolist()
+    chosen = [False] * len(order)
+    for i in order:
+        if blocks[i] <= room and places > 0:
+            chosen[i] = True
+            room -= blocks[i]
+            places -= 1
+    if settings.local_search:
+        for inside, outside in zip(order, islice(order, 1, None), strict=False):
+            if chosen[inside] and not chosen[outside] and gained[outside] > gained[inside]:
+                more = blocks[outside] - blocks[inside]
+                if more <= room:
+                    chosen[inside], chosen[outside] = False, True
+                    room -= more
+    return chosen
+
+
+def _merged(admitted: list[RequestView], back: list[RequestView], table: Candidates, now: float) -> list[RequestView]:
+    """First tokens first, but for readers who would run dry before the next look."""
+    due = [request for request in back if request.reader.slack(now) < table.critical]
+    later = [request for request in back if request.reader.slack(now) >= table.critical]
+    return [*due, *admitted, *later]
+
+
+def _paused(table: Candidates, paused: frozenset[str], short: bool, settings: StreamingSettings) -> frozenset[str]:
+    if not settings.soft_pause or not short:
+        return frozenset()
+    unread = table.unread[: table.num_residents].tolist()
+    return frozenset(
+        request.id
+        for request, share in zip(table.requests, unread, strict=False)
+        if share > (settings.pause_below if request.id in paused else settings.pause_above)
+    )
+
+
+def _column(values: Sequence[float]) -> Column:
+    return np.array(values, dtype=np.float64)

@@ -1,0 +1,67 @@
+"""What can be set of the streaming policy, with what the published method calls it and the default taken here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvarn.errors import KvarnError
+
+
+@dataclass(frozen=True)
+class StreamingSettings:
+    """Times in seconds. Switches turn single ideas off, to see what each is worth."""
+
+    tick: float = 0.5
+    """Between two looks at who should be on the device (the paper's Delta t)."""
+    safety: float = 1.5
+    """A request may make room for a newcomer once it has this many times the slack that the detour takes (mu)."""
+    contraction: float = 0.5
+    """How far the number of requests served at once is held back from what memory allows (lambda of Eq. 5)."""
+    urgency: float = 10.0
+    """Weight of an empty buffer against a token's own value (gamma, in queueing delays)."""
+    gain: Literal["corrected", "published"] = "corrected"
+    """"published": Eq. 3 to the letter, whose sign ranks an empty buffer last and whose scale is tokens."""
+    retention: float = 1.2
+    """A request stays on the device unless another gains so many times as much by being there."""
+    overload: float = 1.0
+    """Readers are let in until together they read so many times what the device is estimated to generate (Eq. 6)."""
+    relief: float = 0.05
+    """Once overloaded, until demand is this share below that."""
+    residence_steps: float = 8.0
+    """Steps that a request stays where it was moved to, at least."""
+    residence_switches: float = 4.0
+    """And so many times as long as a move takes."""
+    patience: float = 2.0
+    """Ticks after which a reader who waits in the middle of his text comes before everything."""
+    max_preemptions: int = 64
+    """A request that has given way so often does so only for want of blocks."""
+    pause_above: float = 0.2
+    """Share of the expected text unread from which a resident request skips steps while another is short of tokens."""
+    pause_below: float = 0.1
+    """Share at which it goes on."""
+    load_ahead: float = 0.5
+    """Ticks that loads may queue: blocks being waited for serve nobody."""
+    headroom_blocks: int = 1
+    """Blocks left free per running request at admission."""
+    prefill_budget: int | None = None
+    """Prompt tokens computed in a step that others' readers wait for; None: the whole token budget."""
+    prefill_floor: float = 0.125
+    """Share of that budget which is computed however short of tokens those readers are."""
+
+    offload: bool = True
+    """Copy what has no copy before giving it up, and load instead of recomputing where that is faster."""
+    soft_pause: bool = True
+    local_search: bool = True
+    hysteresis: bool = True
+    """Retention and minimum residence."""
+
+    def __post_init__(self) -> None:
+        """KvarnError naming the setting that cannot work."""
+        for field in ("tick", "safety", "urgency", "overload", "load_ahead"):
+            if not getattr(self, field) > 0:
+                raise KvarnError(f"{field} is {getattr(self, field)}; expected a number above 0")
+        if not 0 <= self.contraction <= 1:
+            raise KvarnError(f"contraction is {self.contraction}; expected a share from 0 to 1")
+        if not 0 <= self.pause_below <= self.pause_above:
+            raise KvarnError(f"pause_below is {self.pause_below}; expected 0 to pause_above ({self.pause_above})")

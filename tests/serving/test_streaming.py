@@ -1,0 +1,358 @@
+"""The streaming policy: what it ranks how, what it never does, and what comes of it behind the real engine."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvarn.errors import KvarnError
+from kvarn.serving.costs import Costs
+from kvarn.serving.kvcache.copies import Direction
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
+from kvarn.serving.policies.reserving import Reserving
+from kvarn.serving.policies.streaming.gains import gains
+from kvarn.serving.policies.streaming.policy import Streaming
+from kvarn.serving.policies.streaming.settings import StreamingSettings
+from kvarn.serving.reader import Reader
+
+from .paged_text import continuation, make_engine, make_request
+
+
+class SteadyCosts:
+    """Every step takes as long, and prompts nothing."""
+
+    def __init__(self, step: float) -> None:
+        self.step = step
+
+    def note_step(self, rows: int, context: int, prefill_tokens: int, seconds: float) -> None: ...
+
+    def decode_seconds(self, rows: int, context: int) -> float:
+        return self.step
+
+    def prefill_seconds(self, tokens: int) -> float:
+        return 0.0
+
+
+class Noting:
+    """A policy whose decisions are written down."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.decisions: list[tuple[float, Decision]] = []
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        decision = self.policy.decide(snapshot, now)
+        self.decisions.append((now, decision))
+        return decision
+
+
+# ---- the order of things ---------------------------------------------------------------------------------
+
+
+def _gain(slack: list[float], kind: str) -> list[float]:
+    column = np.array(slack)
+    settings = StreamingSettings(gain=kind)  # type: ignore[arg-type]
+    length = np.full(len(slack), 1000.0)
+    return gains(column, 20 * column, length, np.zeros(len(slack)), 0.5, 0.5, settings).tolist()
+
+
+def test_an_empty_buffer_outranks_five_seconds_of_slack():
+    empty, full = _gain([0.0, 5.0], "corrected")
+    assert empty > full
+
+
+def test_the_published_gain_has_it_the_other_way_round():
+    empty, full = _gain([0.0, 5.0], "published")
+    assert empty < full
+    # And its scale is tokens: half a second of text is as good as ten.
+    half, ten = _gain([0.5, 4.0], "published")
+    assert half == pytest.approx(ten, rel=1e-3)
+
+
+def test_two_places_for_three_readers_change_hands_when_the_buffers_are_there():
+    """The published toy: two places of 40 tokens/s; readers of 20 and 30 from the start, one of 25 from t = 2."""
+    policy = Noting(Streaming(StreamingSettings(tick=1.0, safety=3.0)))
+    engine = make_engine(num_blocks=1000, max_running=2, token_budget=1000, policy=policy, step=0.025)
+    engine.costs = SteadyCosts(0.025)  # type: ignore[assignment]
+    coming = [(0, "R1", 20.0), (0, "R2", 30.0), (80, "R3", 25.0)]
+    requests = {
+        id: make_request(id, [i], 900, stream_rate=rate, arrival=at / 40) for i, (at, id, rate) in enumerate(coming)
+    }
+    for step in range(14 * 40):
+        for at, id, _ in coming:
+            if at == step:
+                engine.add(requests[id])
+        engine.clock._now = step / 40  # type: ignore[attr-defined]  # sums of 0.025 drift
+        engine.step()
+    moves = [(now, decision.preempt) for now, decision in policy.decisions if decision.preempt]
+    assert moves[:2] == [(3.0, ("R1",)), (5.0, ("R2",))]
+    first_steps = {id: next(now for now, d in policy.decisions if id in dict(d.grants)) for id in requests}
+    assert first_steps == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
+    assert next(now for now, d in policy.decisions if now > 3.0 and "R1" in dict(d.grants)) == 5.0
+    assert [request.reader.stalls for request in requests.values()] == [0, 0, 0]
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(KvarnError, match="tick"):
+        StreamingSettings(tick=0.0)
+    with pytest.raises(KvarnError, match="pause_below"):
+        StreamingSettings(pause_below=0.5)
+
+
+# ---- what a decision never does --------------------------------------------------------------------------
+
+SIZE = 4
+
+
+@dataclass
+class View:
+    id: str
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+    reader: Reader
+    arrival: float = 0.0
+    moved_at: float = -1.0
+    preemptions: int = 0
+    priority: int = 0
+    prompt_length: int = 1
+    max_outputs: int = 100
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Hit:
+    tokens: int = 0
+    idle_blocks: int = 0
+
+
+@dataclass
+class HostView:
+    """A host that holds some of some requests."""
+
+    loadable: dict[str, int] = field(default_factory=dict)
+    dirty: dict[str, int] = field(default_factory=dict)
+    host_blocks: int = 1000
+    coming_blocks: int = 0
+
+    def loadable_tokens(self, id: str) -> int:
+        return self.loadable.get(id, 0)
+
+    def unmirrored_blocks(self, id: str) -> int:
+        return self.dirty.get(id, 0)
+
+    def write_seconds(self, blocks: int) -> float:
+        return blocks * 1e-4
+
+    def read_seconds(self, blocks: int) -> float:
+        return blocks * 1e-4
+
+    def load_seconds(self, id: str) -> float:
+        return self.read_seconds(self.loadable_tokens(id) // SIZE)
+
+
+def _reader(slack: float, rate: float, now: float) -> Reader:
+    reader = Reader(rate)
+    reader.receive(now - 1.0)
+    while reader.slack(now) < slack:
+        reader.receive(now - 1.0)
+    return reader
+
+
+@st.composite
+def _crowds(draw):
+    now = 100.0
+    waiting, running, host = [], [], HostView()
+    for i in range(draw(st.integers(0, 8))):
+        tokens = draw(st.integers(2, 60))
+        computed = draw(st.sampled_from([tokens - 1, tokens - 1, draw(st.integers(0, tokens - 1))]))
+        moved_at = draw(st.sampled_from([0.0, 99.99]))
+        reader = _reader(draw(st.floats(0, 8)), draw(st.sampled_from([5.0, 20.0])), now)
+        running.append(View(f"r{i}", tokens, computed, -(-computed // SIZE), reader, float(i), moved_at))
+        host.dirty[f"r{i}"] = draw(st.integers(0, computed // SIZE))
+    for i in range(draw(st.integers(0, 8))):
+        tokens = draw(st.integers(1, 60))
+        if draw(st.booleans()):
+            reader = _reader(draw(st.floats(0, 8)), 20.0, now)
+            waiting.append(View(f"w{i}", tokens, 0, 0, reader, float(i), preemptions=1))
+            host.loadable[f"w{i}"] = draw(st.integers(0, tokens - 1)) // SIZE * SIZE
+        else:
+            waiting.append(View(f"w{i}", tokens, 0, 0, Reader(20.0), float(10 + i)))
+    waiting.sort(key=lambda view: view.arrival)
+    return running, waiting, host, draw(st.integers(0, 40)), draw(st.integers(8, 64))
+
+
+@settings(max_examples=300, deadline=None)
+@given(_crowds(), st.booleans())
+def test_a_decision_fits_and_takes_nobody_off_who_needs_to_stay(crowd, with_host):
+    """Law: grants and loads fit tokens, blocks and places; nobody short of tokens or just moved gives way before
+    somebody who is neither; nobody is in two parts of a decision."""
+    running, waiting, host, available, budget = crowd
+    held = {view.id: view.num_blocks for view in running}
+    snapshot = Snapshot(
+        waiting, running, available, SIZE, budget, 8, sum(held.values()) + available, prefix_hit=lambda id: Hit(),
+        reclaimable_blocks=held.__getitem__, shares_prefix=lambda id, other, tokens: False, costs=Costs(),
+        tiers=host if with_host else None,
+    )  # fmt: skip
+    now = 100.0
+    policy = Streaming()
+    decision = policy.decide(snapshot, now)
+    by_id = {view.id: view for view in running + waiting}
+    granted = dict(decision.grants)
+    gone = [*decision.preempt, *decision.offload]
+    parts = [*granted, *gone, *decision.load]
+    assert len(parts) == len(set(parts))
+    assert set(gone) <= set(held) and set(decision.load) <= {view.id for view in waiting}
+    assert sum(granted.values()) <= budget
+    assert all(1 <= tokens <= by_id[id].num_uncomputed for id, tokens in granted.items())
+    needed = sum(max(0, -(-(by_id[id].num_computed + n) // SIZE) - by_id[id].num_blocks) for id, n in granted.items())
+    needed += sum(host.loadable[id] // SIZE for id in decision.load)
+    freed = sum(held[id] for id in gone) - sum(host.dirty[id] for id in decision.offload)
+    assert needed <= available + freed
+    admitted = sum(id not in held for id in granted)
+    assert len(running) - len(gone) + admitted + len(decision.load) <= 8
+
+    def able(view: View) -> bool:
+        settled = view.num_uncomputed <= 1 and view.moved_at <= now - policy._stay
+        return settled and view.reader.slack(now) >= policy._critical
+
+    if not all(able(by_id[id]) for id in gone):
+        # Those who decode are granted theirs first; what prompts then lack, prompts give.
+        assert not [view for view in running if able(view) and view.id not in gone and view.id not in granted]
+
+
+# ---- behind the engine -----------------------------------------------------------------------------------
+
+
+def _serve(engine, coming, rng, *, failing=0.0, copying=0.5, max_steps=20_000):
+    """Serve requests that come at their times; copies end at random, and fail at random. Texts, and their times."""
+    coming = sorted(coming, key=lambda request: -request.arrival)
+    if engine.tiers is not None:
+        engine.tiers.copier.job_seconds = 1e-3
+    texts = {request.id: [] for request in coming}
+    times = {request.id: [] for request in coming}
+    for _ in range(max_steps):
+        now = engine.clock.now()
+        while coming and coming[-1].arrival <= now:
+            engine.add(coming.pop())
+        if not engine.has_work and not coming:
+            return texts, times
+        for emission in engine.step():
+            assert emission.token is not None
+            texts[emission.request.id].append(emission.token)
+            times[emission.request.id].append(engine.clock.now())
+        if engine.clock.now() == now:
+            engine.clock.advance(0.05)
+        while engine.tiers is not None and rng.random() < copying:
+            engine.tiers.copier.complete(rng.choice(list(Direction)), fail=rng.random() < failing)
+    raise AssertionError(f"not done: {len(engine.waiting)} waiting, {len(engine.running)} running")
+
+
+def _prompt(length: int, family: int) -> list[int]:
+    return [(family * 101 + i * 7) % 900 for i in range(length)]
+
+
+_REQUESTS = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(1, 50), st.floats(0, 4), st.sampled_from([4.0, 20.0])),
+    min_size=1,
+    max_size=14,
+)
+_SETTINGS = st.sampled_from(
+    [
+        StreamingSettings(),
+        StreamingSettings(tick=0.1, safety=1.0),
+        StreamingSettings(gain="published"),
+        StreamingSettings(offload=False, soft_pause=False),
+        StreamingSettings(local_search=False, hysteresis=False, tick=0.1),
+        StreamingSettings(pause_above=0.02, pause_below=0.01, tick=0.2),
+        StreamingSettings(overload=100.0, max_preemptions=1),
+        StreamingSettings(overload=0.01, prefill_budget=3),
+    ]
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(_REQUESTS, _SETTINGS, st.integers(20, 60), st.integers(0, 60), st.floats(0, 0.4), st.integers(0))
+def test_every_text_is_right_and_ends(requests, chosen, num_blocks, slots, failing, seed):
+    """Law: whatever comes and whatever copies do, each text is what it should be and ends in bounded time."""
+    rng = random.Random(seed)
+    engine = make_engine(num_blocks=num_blocks, policy=Streaming(chosen), host_slots=slots, step=0.05)
+    coming = [
+        make_request(f"r{i}", _prompt(length, family), count, arrival=at, stream_rate=rate)
+        for i, (length, family, count, at, rate) in enumerate(requests)
+    ]
+    expected = {r.id: continuation(r.tokens[: r.prompt_length].tolist(), r.params.max_tokens) for r in coming}
+    texts, times = _serve(engine, coming, rng, failing=failing)
+    assert texts == expected
+    ended = max(of_one[-1] for of_one in times.values())
+    # One token a step would take this long; a pause of everybody lasts no longer than what they have to read.
+    assert ended <= 10 + sum(0.05 * (4 * length + 4 * count) + count / rate for length, _, count, _, rate in requests)
+
+
+def test_while_nobody_has_to_wait_it_is_first_come_first_served():
+    decisions = []
+    for policy in (FirstComeFirstServed(), Streaming()):
+        noting = Noting(policy)
+        engine = make_engine(num_blocks=200, policy=noting, host_slots=50, step=0.01, token_budget=64)
+        engine.tiers.copier.wait = lambda seconds: None
+        coming = [make_request(f"r{i}", _prompt(20 + i, i), 60, arrival=0.2 * i) for i in range(12)]
+        _serve(engine, coming, random.Random(0), copying=0.0)
+        decisions.append([(now, decision.grants, decision.preempt) for now, decision in noting.decisions])
+    assert decisions[0] == decisions[1]
+
+
+def _burst(policy: Policy, *, step: float, rate: float, count: int = 24, declared: float = 1.0):
+    """A burst of 24 texts with room for 8: times of their tokens, and their requests."""
+    engine = make_engine(
+        num_blocks=170, policy=policy, host_slots=1000, step=step, token_budget=64, max_running=24, share=False
+    )
+    coming = [make_request(f"r{i}", _prompt(20, i), 60, stream_rate=declared * rate) for i in range(count)]
+    texts, times = _serve(engine, coming, random.Random(0), copying=0.9)
+    assert texts == {r.id: continuation(r.tokens[:20].tolist(), 60) for r in coming}
+    return times, coming
+
+
+def _stalls(times: dict[str, list[float]], rate: float) -> float:
+    readers = [Reader(rate) for _ in times]
+    for reader, of_one in zip(readers, times.values(), strict=True):
+        for time in of_one:
+            reader.receive(time)
+    return sum(reader.stall_seconds for reader in readers)
+
+
+def test_a_burst_gets_its_first_tokens_sooner_and_its_readers_never_wait():
+    """Readers of 5 tokens/s, 20 steps/s, so the device is fast enough."""
+    usual, _ = _burst(FirstComeFirstServed(), step=0.05, rate=5.0)
+    ours, _ = _burst(Streaming(StreamingSettings(tick=0.25)), step=0.05, rate=5.0)
+    assert max(of_one[0] for of_one in ours.values()) < 0.5 * max(of_one[0] for of_one in usual.values())
+    assert _stalls(ours, 5.0) == 0.0 < _stalls(usual, 5.0)
+
+
+@pytest.mark.parametrize("declared", [0.5, 2.0])
+def test_clients_that_are_wrong_about_their_rate_are_served_without_a_pause(declared):
+    """Even where that makes the device look too slow for them all, and the last one has to wait."""
+    usual, _ = _burst(Reserving(), step=0.05, rate=5.0)
+    ours, _ = _burst(Streaming(StreamingSettings(tick=0.25)), step=0.05, rate=5.0, declared=declared)
+    assert max(of_one[0] for of_one in ours.values()) <= 1.2 * max(of_one[0] for of_one in usual.values())
+    assert _stalls(ours, 5.0) == 0.0
+
+
+def test_where_everybody_is_short_of_tokens_nobody_is_left_out():
+    """5 steps/s for readers of 20 tokens/s: they take turns, and no turn is far away."""
+    times, _ = _burst(Streaming(StreamingSettings(overload=1000.0)), step=0.2, rate=20.0)
+    gaps = [later - earlier for of_one in times.values() for earlier, later in pairwise(of_one)]
+    assert max(gaps) < 30.0
