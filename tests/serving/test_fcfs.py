@@ -49,7 +49,7 @@ class Host:
     def loadable_tokens(self, id: str) -> int:
         return self.tokens
 
-    def load_seconds(self, id: str) -> float:
+    def read_seconds(self, blocks: int) -> float:
         return self.seconds
 
 

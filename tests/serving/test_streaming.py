@@ -161,9 +161,6 @@ class HostView:
     def read_seconds(self, blocks: int) -> float:
         return blocks * 1e-4
 
-    def load_seconds(self, id: str) -> float:
-        return self.read_seconds(self.loadable_tokens(id) // SIZE)
-
 
 def _reader(slack: float, rate: float, now: float) -> Reader:
     reader = Reader(rate)

@@ -135,11 +135,6 @@ class Tiers:
         """Leading tokens of a waiting request that device and host hold together."""
         return self._loadable_blocks(request) * self.cache.block_size
 
-    def load_seconds(self, request: Request) -> float:
-        """Until all loadable tokens of a waiting request would be on the device, behind what is queued."""
-        hit = self.cache.lookup(request).tokens // self.cache.block_size
-        return self.queue_seconds(Direction.TO_DEVICE, len(self._host_match(request, hit)))
-
     def load(self, request: Request) -> bool:
         """Start bringing a waiting request's blocks back from the host, on top of what the device still holds.
 
@@ -293,6 +288,3 @@ class TierBooks:
 
     def read_seconds(self, blocks: int) -> float:
         return self._tiers.queue_seconds(Direction.TO_DEVICE, blocks)
-
-    def load_seconds(self, id: str) -> float:
-        return self._tiers.load_seconds(self._requests[id])

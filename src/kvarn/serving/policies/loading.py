@@ -16,6 +16,6 @@ def worth_loading(snapshot: Snapshot, request: RequestView, cached_tokens: int) 
     if tiers is None:
         return 0
     gained = tiers.loadable_tokens(request.id) - cached_tokens
-    if gained <= 0 or tiers.load_seconds(request.id) >= snapshot.costs.prefill_seconds(gained):
+    if gained <= 0 or tiers.read_seconds(gained // snapshot.block_size) >= snapshot.costs.prefill_seconds(gained):
         return 0
     return gained

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvarn.serving.policies.loading import worth_loading
 from kvarn.serving.policies.protocol import RequestView, Snapshot
 from kvarn.serving.policies.step import Step
 
@@ -69,29 +68,32 @@ def _bring(plan: Plan, step: Step, tokens_left: int, means: Means) -> list[Reque
     running = {request.id for request in snapshot.running}
     # What those already there will need comes before anybody is brought.
     step.promised += sum([_lacking(snapshot, request) for request in snapshot.running])
-    queue = link = 0.0 if tiers is None else tiers.read_seconds(0)
+    link = 0.0 if tiers is None else tiers.read_seconds(0)
+    block = 0.0 if tiers is None else tiers.read_seconds(1) - link
     admitted: list[RequestView] = []
     left: list[RequestView] = []
     held = 0
     bring = [request for request in plan.bring if request.id in waiting]
     for i, request in enumerate(bring):
-        hit = snapshot.prefix_hit(request.id)
-        loads = means.offload and worth_loading(snapshot, request, hit.tokens) > 0
-        if link > means.link_seconds if loads else tokens_left <= 0:
+        # Who has been here before most likely comes through the link; asking costs a walk over all his blocks.
+        if link > means.link_seconds if request.preemptions and means.offload else tokens_left <= 0:
             left.append(request)
             continue
-        need = snapshot.blocks_for(request.num_tokens) - hit.tokens // snapshot.block_size + hit.idle_blocks
+        offer = step.offer(request)
+        if not offer.loaded_tokens and tokens_left <= 0:
+            left.append(request)
+            continue
+        need = offer.blocks + offer.idle_blocks
         if not _make_room(plan, step, held + need, len(admitted), running):
             left.extend(bring[i:])
             break
-        if loads:
-            assert tiers is not None
-            step.admit(request)
-            link += tiers.load_seconds(request.id) - queue
+        if offer.loaded_tokens:
+            step.take(offer)
+            link += block * (offer.loaded_tokens // snapshot.block_size)
         else:
             admitted.append(request)
             held += need
-            tokens_left -= request.num_tokens - hit.tokens
+            tokens_left -= request.num_tokens - offer.cached_tokens
     plan.bring = left + admitted
     step.promised -= sum([_lacking(snapshot, r) for r in snapshot.running if r.id not in step.evicted])
     return admitted

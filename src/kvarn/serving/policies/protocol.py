@@ -86,10 +86,6 @@ class TierView(Protocol):
         """Until so many more blocks would be back on the device, behind what is queued already."""
         ...
 
-    def load_seconds(self, id: str) -> float:
-        """Until all loadable tokens of a waiting request would be on the device, behind what is queued already."""
-        ...
-
 
 class PrefixHitView(Protocol):
     @property

@@ -7,9 +7,24 @@ blocks. When a running request finds no block, others give way, in an order that
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from typing import NamedTuple
 
 from kvarn.serving.policies.loading import worth_loading
 from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
+
+
+class Offer(NamedTuple):
+    """What it takes to admit a waiting request."""
+
+    request: RequestView
+    cached_tokens: int
+    """On the device already."""
+    idle_blocks: int
+    """Blocks of these that nobody else uses: taking them leaves so many less."""
+    blocks: int
+    """Further blocks for all its known tokens."""
+    loaded_tokens: int
+    """Tokens that are sooner loaded from the host than computed; 0: everything is computed."""
 
 
 class Step:
@@ -140,30 +155,40 @@ class Step:
         half = request.num_tokens - (request.num_tokens - hit) // 2
         return any(self.snapshot.shares_prefix(request.id, other, half) for other in self.computing)
 
+    def offer(self, request: RequestView) -> Offer:
+        """What admitting a waiting request would take."""
+        hit = self.snapshot.prefix_hit(request.id)
+        blocks = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
+        loads = worth_loading(self.snapshot, request, hit.tokens) if self.load else 0
+        return Offer(request, hit.tokens, hit.idle_blocks, blocks, loads)
+
     def admit(self, request: RequestView, headroom_blocks: int = 0) -> bool:
         """Grant the first tokens of a waiting request, or load them.
 
         False when the blocks for all of it are not there, or not so many more.
         """
-        hit = self.snapshot.prefix_hit(request.id)
-        whole = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
-        spare = self.available - self.promised - hit.idle_blocks
+        offer = self.offer(request)
+        spare = self.available - self.promised - offer.idle_blocks
         # With nothing running there is nobody to leave headroom for: the head of the queue always gets in.
-        if whole + (headroom_blocks if self.num_running else 0) > spare:
+        if offer.blocks + (headroom_blocks if self.num_running else 0) > spare:
             return False
-        loaded = worth_loading(self.snapshot, request, hit.tokens) if self.load else 0
-        tokens = loaded or min(request.num_tokens - hit.tokens, self.budget)
-        first = self.snapshot.blocks_for(hit.tokens + tokens) - hit.tokens // self.snapshot.block_size
-        self.promised += whole - first
-        if loaded:
-            self._loads.append(request.id)
-            self.available -= first + hit.idle_blocks
+        self.take(offer)
+        return True
+
+    def take(self, offer: Offer) -> None:
+        """Admit a request whose blocks are known to be there."""
+        size, cached = self.snapshot.block_size, offer.cached_tokens
+        tokens = offer.loaded_tokens or min(offer.request.num_tokens - cached, self.budget)
+        first = self.snapshot.blocks_for(cached + tokens) - cached // size
+        self.promised += offer.blocks - first
+        if offer.loaded_tokens:
+            self._loads.append(offer.request.id)
+            self.available -= first + offer.idle_blocks
         else:
-            self._grant(request.id, tokens, first + hit.idle_blocks)
-        self.computing.append(request.id)
+            self._grant(offer.request.id, tokens, first + offer.idle_blocks)
+        self.computing.append(offer.request.id)
         self.num_running += 1
         self.admitted += 1
-        return True
 
     # ---- small parts -------------------------------------------------------------------------------------
 

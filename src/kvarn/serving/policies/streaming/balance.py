@@ -17,93 +17,78 @@ from numpy.typing import NDArray
 
 from kvarn.serving.policies.plan import Plan
 from kvarn.serving.policies.protocol import RequestView, Snapshot
+from kvarn.serving.policies.streaming.crowd import Crowd
 from kvarn.serving.policies.streaming.estimates import Estimates
 from kvarn.serving.policies.streaming.gains import Column, gains
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 
-_PINNED = 1e9
-"""Gain of what is not up for choice."""
+Mask = NDArray[np.bool_]
+
+_STARVING, _PINNED = 1e3, 1e9
+"""Gain of who has been without tokens for too long, and of what is not up for choice."""
 
 
 class Candidates:
-    """Everybody who has been let in and is not being loaded, as columns: residents first, then the suspended."""
+    """What is to be known of each of the crowd before choosing; columns of shape (n,)."""
 
     def __init__(
-        self,
-        snapshot: Snapshot,
-        residents: Sequence[RequestView],
-        suspended: Sequence[RequestView],
-        now: float,
-        estimates: Estimates,
-        settings: StreamingSettings,
+        self, snapshot: Snapshot, crowd: Crowd, now: float, estimates: Estimates, settings: StreamingSettings
     ) -> None:
-        self.requests = [*residents, *suspended]
-        self.num_residents = len(residents)
-        costs, size = snapshot.costs, snapshot.block_size
-        tokens = _column([request.num_tokens for request in self.requests])
-        self.dry = _column([request.reader.dry_at() for request in self.requests])
-        self.slack = np.maximum(0.0, self.dry - now)
-        rate = _column([request.reader.rate for request in self.requests])
-        self.step_seconds = costs.decode_seconds(max(1, len(residents)), int(tokens[: self.num_residents].sum()))
+        self.requests, self.num_residents = crowd.requests, crowd.num_residents
+        self.slack = crowd.slack
+        count, costs = self.num_residents, snapshot.costs
+        self.step_seconds = costs.decode_seconds(max(1, count), int(crowd.tokens[:count].sum()))
         growth = 1 + int(settings.tick / self.step_seconds)
-        self.blocks = np.minimum(np.ceil((tokens + growth) / size), max(1, snapshot.num_blocks))
+        size = snapshot.block_size
+        self.blocks = np.minimum(np.ceil((crowd.tokens + growth) / size), max(1, snapshot.num_blocks))
         """What each needs until the next look."""
-        self.back_seconds = tokens * costs.prefill_seconds(1)
+        self.length = estimates.lengths(crowd)
+        self.last_blocks = np.ceil((crowd.prompts + self.length) / size)
+        """What each will need in the end."""
+        self.unread = crowd.slack * crowd.rates / self.length
+        """Share of its expected text that each reader has before him."""
+        self.back_seconds = crowd.tokens * costs.prefill_seconds(1)
         """What bringing each back would take."""
         self.gone_seconds = 0.0
         """What giving its blocks up would take, for one with little that is not on the host."""
         if snapshot.tiers is not None and settings.offload:
             queue = snapshot.tiers.read_seconds(0)
             block = snapshot.tiers.read_seconds(1) - queue
-            self.back_seconds = np.minimum(self.back_seconds, queue + np.ceil(tokens / size) * block)
+            self.back_seconds = np.minimum(self.back_seconds, queue + np.ceil(crowd.tokens / size) * block)
             self.gone_seconds = snapshot.tiers.write_seconds(1)
-        self.switch_seconds = self.gone_seconds + float(self.back_seconds.mean()) if len(tokens) else 0.0
+        self.switch_seconds = self.gone_seconds + float(self.back_seconds.mean()) if self.requests else 0.0
         self.critical = settings.tick + self.switch_seconds + 2 * self.step_seconds
         """Seconds of slack below which nobody is taken off the device."""
         self.stay = 0.0
         """Seconds that everybody stays where he was moved to."""
         if settings.hysteresis:
-            self.stay = max(
-                settings.residence_steps * self.step_seconds, settings.residence_switches * self.switch_seconds
-            )
+            steps, switches = settings.residence_steps, settings.residence_switches
+            self.stay = max(steps * self.step_seconds, switches * self.switch_seconds)
+        # Who has been without tokens for long comes first, the longest of them before the others.
+        thirst = now - crowd.dry - settings.patience * settings.tick
+        self.starving = np.isfinite(crowd.dry) & (thirst > 0)
+        self.starving[:count] = False
+        self.gain = self._gain(crowd, estimates, settings)
+        self.gain[self.starving] += _STARVING * (1.0 + thirst[self.starving])
+        self.settling, self.pinned = self._pinned(now, settings)
+
+    def _gain(self, crowd: Crowd, estimates: Estimates, settings: StreamingSettings) -> Column:
         overhead = self.back_seconds.copy()
         overhead[: self.num_residents] = 0.0
-        unread = self.slack * rate
-        self.length = _column([estimates.expected_length(request) for request in self.requests])
-        self.prompt = _column([request.prompt_length for request in self.requests])
-        self.unread = unread / self.length
-        """Share of its expected text that each reader has before him."""
-        self.gain = gains(
-            np.maximum(0.0, self.slack - overhead),
-            np.maximum(0.0, unread - overhead * rate),
-            self.length,
-            overhead,
-            estimates.delay,
-            settings.tick + self.switch_seconds,
-            settings,
-        )
-        # Who has been without tokens for long comes first, the longest of them before the others.
-        thirst = now - self.dry - settings.patience * settings.tick
-        started = np.isfinite(self.dry)
-        self.starving = started & (thirst > 0)
-        self.starving[: self.num_residents] = False
-        self.gain[self.starving] += 1e3 * (1.0 + thirst[self.starving])
-        self.pinned = self._pinned(now, settings)
+        slack = np.maximum(0.0, crowd.slack - overhead)
+        scale = settings.tick + self.switch_seconds
+        return gains(slack, slack * crowd.rates, self.length, overhead, estimates.delay, scale, settings)
 
-    def _pinned(self, now: float, settings: StreamingSettings) -> NDArray[np.bool_]:
-        """Residents that stay: still being prefilled, just moved, short of tokens, or moved often enough."""
-        residents = self.requests[: self.num_residents]
-        pinned = np.zeros(len(self.requests), dtype=np.bool_)
-        self.settling = np.zeros(len(self.requests), dtype=np.bool_)
-        if not residents:
-            return pinned
+    def _pinned(self, now: float, settings: StreamingSettings) -> tuple[Mask, Mask]:
+        """Residents being prefilled or just moved, and with them those that are short of tokens or have moved often."""
         count = self.num_residents
-        moved = _column([request.moved_at for request in residents])
-        self.settling[:count] = moved > now - self.stay
-        self.settling[:count] |= np.array([request.num_uncomputed > 1 for request in residents])
-        tired = np.array([request.preemptions >= settings.max_preemptions for request in residents])
-        pinned[:count] = self.settling[:count] | tired | (self.slack[:count] < self.critical)
-        return pinned
+        residents = self.requests[:count]
+        settling, pinned = np.zeros((2, len(self.requests)), dtype=np.bool_)
+        since = now - self.stay
+        settling[:count] = [request.moved_at > since or request.num_uncomputed > 1 for request in residents]
+        pinned[:count] = [request.preemptions >= settings.max_preemptions for request in residents]
+        pinned[:count] |= settling[:count] | (self.slack[:count] < self.critical)
+        return settling, pinned
 
 
 def balance(
@@ -161,14 +146,14 @@ def _newcomers(
     backlog = sum([request.num_uncomputed for request in snapshot.running if request.num_uncomputed > 1]) * prefill
     serving = len(table.requests) + len(snapshot.loading)
     # What everybody will hold in the end: whoever fits beside that needs nobody's buffer, and nobody's permission.
-    held = float(np.ceil((table.prompt + table.length) / snapshot.block_size).sum())
+    held = float(table.last_blocks.sum())
     held += sum([snapshot.blocks_for(request.prompt_length + request.max_outputs) for request in snapshot.loading])
     admitted: list[RequestView] = []
     wanted, demand = 0.0, 0.0
     for request in newcomers:
         need = snapshot.blocks_for(request.num_tokens) + settings.headroom_blocks
         demand += request.reader.rate
-        held += snapshot.blocks_for(request.prompt_length + int(estimates.expected_length(request)))
+        held += snapshot.blocks_for(request.prompt_length + int(estimates.length_of(request)))
         alone = serving == 0 and not admitted
         fits = wanted + need <= room and len(admitted) < places
         allowed = serving + len(admitted) < limit and estimates.allows(demand)
@@ -186,8 +171,7 @@ def _working_set(snapshot: Snapshot, table: Candidates, estimates: Estimates, se
     """How many requests to serve at once (Eq. 4 and 5); no bound where suspended ones need no memory."""
     if snapshot.tiers is None or not table.requests:
         return float("inf")
-    memory = (snapshot.num_blocks + snapshot.tiers.host_blocks) * snapshot.block_size
-    static = memory / float((table.prompt + table.length).mean())
+    static = (snapshot.num_blocks + snapshot.tiers.host_blocks) / float(table.last_blocks.mean())
     if table.num_residents >= snapshot.max_running:
         return static
     return static - settings.contraction * (static - min(static, table.num_residents))
@@ -248,7 +232,3 @@ def _paused(table: Candidates, paused: frozenset[str], short: bool, settings: St
         for request, share in zip(table.requests, unread, strict=False)
         if share > (settings.pause_below if request.id in paused else settings.pause_above)
     )
-
-
-def _column(values: Sequence[float]) -> Column:
-    return np.array(values, dtype=np.float64)

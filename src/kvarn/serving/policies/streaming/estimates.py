@@ -3,9 +3,11 @@ device can generate, and whether that is less than what is read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from kvarn.serving.policies.protocol import RequestView, Snapshot
+from kvarn.serving.policies.streaming.crowd import Crowd
+from kvarn.serving.policies.streaming.gains import Column
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 
 _MEMORY = 0.9
@@ -30,9 +32,9 @@ class Estimates:
         self.overloaded = False
         self._seen: dict[str, RequestView] = {}
 
-    def note(self, snapshot: Snapshot, serving: Sequence[RequestView], longest_wait: float) -> None:
-        """`serving` have been let in and not ended; the newcomer at the head has waited for `longest_wait` seconds."""
-        current = {request.id: request for request in serving}
+    def note(self, snapshot: Snapshot, crowd: Crowd, longest_wait: float) -> None:
+        """`crowd` and the loading have been let in; the newcomer at the head has waited for `longest_wait` seconds."""
+        current = {request.id: request for request in (*crowd.requests, *snapshot.loading)}
         for id in self._seen.keys() - current.keys():
             outputs = self._seen[id].num_outputs
             self.length = _MEMORY * self.length + (1 - _MEMORY) * outputs if self.length else float(outputs)
@@ -40,9 +42,9 @@ class Estimates:
         tick = self.settings.tick
         wait = min(max(longest_wait, tick * _SHORTEST_DELAY), tick)
         self.delay = _MEMORY * self.delay + (1 - _MEMORY) * wait
-        self.demand = sum([request.reader.rate for request in serving])
-        if serving:
-            supply = self._generated(snapshot, serving)
+        self.demand = float(crowd.rates.sum()) + sum([request.reader.rate for request in snapshot.loading])
+        if crowd.requests:
+            supply = self._generated(snapshot, crowd)
             self.supply = (self.supply + supply) / 2 if self.supply else supply
         limit = self.settings.overload * self.supply
         self.overloaded = self.demand > limit * (1 - self.settings.relief * self.overloaded)
@@ -53,19 +55,19 @@ class Estimates:
             return True
         return not self.overloaded and self.demand + rate <= self.settings.overload * self.supply
 
-    def expected_length(self, request: RequestView) -> float:
-        """Output tokens that a request will have; its true length is not known to us."""
-        if not self.length:
-            return float(request.max_outputs)
-        return float(min(request.max_outputs, max(self.length, request.num_outputs)))
+    def lengths(self, crowd: Crowd) -> Column:
+        """Output tokens that each will have; their true lengths are not known to us."""
+        return np.minimum(crowd.limits, np.maximum(self.length, crowd.outputs)) if self.length else crowd.limits
 
-    def _generated(self, snapshot: Snapshot, serving: Sequence[RequestView]) -> float:
+    def length_of(self, newcomer: RequestView) -> float:
+        """The same of one that has not begun."""
+        return min(newcomer.max_outputs, self.length or newcomer.max_outputs)
+
+    def _generated(self, snapshot: Snapshot, crowd: Crowd) -> float:
         """Tokens per second at the largest batch that fits, half way to the texts' ends; prompts take their share."""
-        count = len(serving)
-        prompts = sum([request.prompt_length for request in serving]) / count
-        length = max(1.0, sum(map(self.expected_length, serving)) / count)
-        now = sum([request.num_tokens for request in serving]) / count
-        context = (now + max(now, prompts + length)) / 2
+        prompt, length = float(crowd.prompts.mean()), max(1.0, float(self.lengths(crowd).mean()))
+        now = float(crowd.tokens.mean())
+        context = (now + max(now, prompt + length)) / 2
         rows = max(1, min(snapshot.max_running, int(snapshot.num_blocks * snapshot.block_size / context)))
         token_seconds = snapshot.costs.decode_seconds(rows, int(rows * context)) / rows
-        return 1.0 / (token_seconds + snapshot.costs.prefill_seconds(int(prompts)) / length)
+        return 1.0 / (token_seconds + snapshot.costs.prefill_seconds(int(prompt)) / length)

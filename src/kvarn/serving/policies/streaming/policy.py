@@ -1,7 +1,7 @@
 """Serves readers just in time: who has much to read makes room for who has nothing.
 
 While nobody has to wait, this is first come, first served. Under stress it looks at everybody once a tick, or when
-somebody has come, gone or been loaded, and makes a plan (`balance`); the steps in between carry it out as blocks,
+somebody has come or gone, and makes a plan (`balance`); the steps in between carry it out as blocks,
 tokens and the link to the host allow (`kvarn.serving.policies.plan`), while well-supplied requests skip steps if others
 are short. Prompts are computed no faster than the readers of those who decode have time for.
 
@@ -14,6 +14,7 @@ from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.plan import Means, Plan, carry_out
 from kvarn.serving.policies.protocol import Decision, RequestView, Snapshot
 from kvarn.serving.policies.streaming.balance import Candidates, balance
+from kvarn.serving.policies.streaming.crowd import Crowd
 from kvarn.serving.policies.streaming.estimates import Estimates
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 
@@ -32,7 +33,7 @@ class Streaming:
         self._stressed = False
         self._looked_at = float("-inf")
         self._tick_at = float("-inf")
-        self._crowd = (0, 0, 0)
+        self._number = 0
         self._critical = self._stay = 0.0
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
@@ -59,26 +60,27 @@ class Streaming:
         """Whether the device is fast enough for everybody who is there, as far as is known."""
         if now >= self._tick_at:
             self._tick_at = now + self.settings.tick
-            self.estimates.note(snapshot, snapshot.running, 0.0)
+            self.estimates.note(snapshot, Crowd(snapshot, (), now), 0.0)
         coming = sum([request.reader.rate for request in snapshot.waiting])
         return self.estimates.allows(coming) if coming else not self.estimates.overloaded
 
     def _must_look(self, snapshot: Snapshot, now: float) -> bool:
         if now >= self._tick_at:
             return True
-        crowd = (len(snapshot.waiting), len(snapshot.loading), len(snapshot.running))
-        return crowd != self._crowd and now >= self._looked_at + self.settings.tick / _LOOKS_PER_TICK
+        early = self._looked_at + self.settings.tick / _LOOKS_PER_TICK
+        return now >= early and _number(snapshot) != self._number
 
     def _look(self, snapshot: Snapshot, now: float) -> None:
         suspended = [request for request in snapshot.waiting if request.preemptions]
         newcomers = [request for request in snapshot.waiting if not request.preemptions]
         wait = now - newcomers[0].arrival if newcomers else 0.0
-        self.estimates.note(snapshot, [*snapshot.running, *snapshot.loading, *suspended], wait)
-        table = Candidates(snapshot, snapshot.running, suspended, now, self.estimates, self.settings)
+        crowd = Crowd(snapshot, suspended, now)
+        self.estimates.note(snapshot, crowd, wait)
+        table = Candidates(snapshot, crowd, now, self.estimates, self.settings)
         self._plan = balance(snapshot, table, newcomers, now, self.estimates, self.settings, self._plan.paused)
         self._critical, self._stay = table.critical, table.stay
         self._looked_at, self._tick_at = now, now + self.settings.tick
-        self._crowd = (len(snapshot.waiting), len(snapshot.loading), len(snapshot.running))
+        self._number = _number(snapshot)
 
     def _prompt_tokens(self, snapshot: Snapshot, now: float) -> int:
         """Prompt tokens that this step may compute: no more than the readers of those who decode have time for."""
@@ -106,3 +108,8 @@ class Streaming:
         slack = request.reader.slack(now)
         settled = request.num_uncomputed <= 1 and request.moved_at <= now - self._stay
         return (settled and slack >= self._critical, slack)
+
+
+def _number(snapshot: Snapshot) -> int:
+    """Of requests; it changes when somebody comes or goes."""
+    return len(snapshot.waiting) + len(snapshot.loading) + len(snapshot.running)

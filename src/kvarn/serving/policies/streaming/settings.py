@@ -12,7 +12,7 @@ from kvarn.errors import KvarnError
 class StreamingSettings:
     """Times in seconds. Switches turn single ideas off, to see what each is worth."""
 
-    tick: float = 0.5
+    tick: float = 0.25
     """Between two looks at who should be on the device (the paper's Delta t)."""
     safety: float = 1.5
     """A request may make room for a newcomer once it has this many times the slack that the detour takes (mu)."""
