@@ -1,82 +1,89 @@
-"""What a decision of the streaming policy costs: seconds a call, on an engine full of requests, by how many there are.
+"""What a decision of the streaming policy costs, by how many requests there are: milliseconds.
 
-    python benchmarks/policy.py
+    python -m benchmarks.policy
 
-A quarter of the requests run, a quarter is off the device in the middle of a text, half has not begun. A *look* is a
-decision that makes a new plan; it comes at most a few times a tick. A *step* is any other.
+A tenth of the requests fit the device at once, all readers together read what it generates. A *look* is a decision that
+makes a new plan, at most a few times a tick; a *step* is any other. Bringing a request back from the host costs what
+looking its blocks up costs, whoever decides it; a look that brings many is counted with that.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from kvarn.hardware.accelerators import load_accelerator
 from kvarn.hardware.models import load_model_shape
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
+from kvarn.serving.policies.protocol import Decision, Snapshot
 from kvarn.serving.policies.streaming.policy import Streaming
 from kvarn.serving.request import Request
 from kvarn.serving.sampling.params import SamplingParams
 from kvarn.simulation.assemble import simulated_engine
 
-_BLOCKS_EACH = 4
+COUNTS = (400, 2000, 10_000)
+SECONDS = 20.0
+"""Measured time of each."""
+
+
+class Timed:
+    """The policy, with the time of each decision."""
+
+    def __init__(self, policy: Streaming) -> None:
+        self.policy = policy
+        self.looks: list[float] = []
+        self.steps: list[float] = []
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        looked_at, started = self.policy.looked_at, time.perf_counter()
+        decision = self.policy.decide(snapshot, now)
+        seconds = time.perf_counter() - started
+        (self.steps if self.policy.looked_at == looked_at else self.looks).append(seconds)
+        return decision
 
 
 def crowded(count: int) -> Engine:
-    """An engine with so many requests, a quarter of them running and a quarter suspended."""
+    """An engine on an H200 whose KV pool is short of so many requests of 200 to 600 tokens."""
     accelerator, model = load_accelerator("h200"), load_model_shape("llama3-8b")
-    blocks = count // 4 * _BLOCKS_EACH
+    pool = count // 10 * 600 * model.kv_bytes_per_token(2)
     config = EngineConfig(
-        policy="streaming", max_running=count, token_budget=4 * count, prefill_budget=4 * count, speculation="off",
-        kv_memory_bytes=int(blocks * 16 * model.kv_bytes_per_token(2)), host_memory_bytes=64 << 30,
+        policy="streaming", max_running=count, token_budget=8192, prefill_budget=8192, speculation="off",
+        kv_memory_bytes=int(pool), host_memory_bytes=int(20 * pool),
     )  # fmt: skip
     engine = simulated_engine(config, accelerator, model)
     params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    rate = 4000.0 / count
     for i in range(count):
-        prompt = [(i * 7 + j) % 1000 for j in range(40)]
-        engine.add(Request.create(str(i), prompt, params, arrival=i * 1e-6))
-    while len([request for request in engine.waiting if request.preemptions]) < count // 4:
-        engine.step()
+        prompt = np.arange(200, dtype=np.int32) * 7 % 1000 + i
+        engine.add(Request.create(str(i), prompt, params, arrival=i * 1e-6, stream_rate=rate))
     return engine
 
 
-def measure(count: int) -> tuple[float, float]:
-    """Median seconds of a look and of a step."""
+def measure(count: int) -> dict[str, Any]:
     engine = crowded(count)
-    policy = engine.policy
-    assert isinstance(policy, Streaming)
-    looks, steps = [], []
-    look, now = policy._look, 0.0
-    looked = False
-
-    def noting(*arguments: object) -> None:
-        nonlocal looked
-        looked = True
-        look(*arguments)  # type: ignore[arg-type]
-
-    policy._look = noting  # type: ignore[method-assign]
-    decide = policy.decide
-
-    def timed(snapshot, now):  # type: ignore[no-untyped-def]
-        nonlocal looked
-        looked = False
-        started = time.perf_counter()
-        decision = decide(snapshot, now)
-        (looks if looked else steps).append(time.perf_counter() - started)
-        return decision
-
-    policy.decide = timed  # type: ignore[method-assign]
-    while len(looks) < 20 or len(steps) < 40:
+    assert isinstance(engine.policy, Streaming)
+    timed = engine.policy = Timed(engine.policy)
+    until = time.monotonic() + SECONDS
+    while engine.has_work and time.monotonic() < until:
         engine.step()
-    del now
-    return statistics.median(looks), statistics.median(steps)
+    return {"looks": _figures(timed.looks), "steps": _figures(timed.steps), "all": _figures(timed.looks + timed.steps)}
+
+
+def _figures(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return "none"
+    middle, high = np.percentile(seconds, [50, 99]) * 1e3
+    return f"{np.mean(seconds) * 1e3:6.2f} mean {middle:6.2f} P50 {high:6.2f} P99 ({len(seconds)})"
 
 
 def main() -> None:
-    for count in (400, 10_000):
-        look, step = measure(count)
-        print(f"{count:6d} requests: {look * 1e3:.2f} ms a look, {step * 1e3:.2f} ms a step")
+    for count in COUNTS:
+        for what, figures in measure(count).items():
+            print(f"{count:6d} requests, {what:5s}  {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from kvarn.errors import KvarnError
 from kvarn.serving.costs import Costs
-from kvarn.serving.kvcache.copies import Direction
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
 from kvarn.serving.policies.reserving import Reserving
@@ -23,6 +22,7 @@ from kvarn.serving.policies.streaming.settings import StreamingSettings
 from kvarn.serving.reader import Reader
 
 from .paged_text import continuation, make_engine, make_request
+from .virtual_serving import REQUESTS, arriving, prompt, serve
 
 
 class SteadyCosts:
@@ -235,39 +235,6 @@ def test_a_decision_fits_and_takes_nobody_off_who_needs_to_stay(crowd, with_host
 # ---- behind the engine -----------------------------------------------------------------------------------
 
 
-def _serve(engine, coming, rng, *, failing=0.0, copying=0.5, max_steps=20_000):
-    """Serve requests that come at their times; copies end at random, and fail at random. Texts, and their times."""
-    coming = sorted(coming, key=lambda request: -request.arrival)
-    if engine.tiers is not None:
-        engine.tiers.copier.job_seconds = 1e-3
-    texts = {request.id: [] for request in coming}
-    times = {request.id: [] for request in coming}
-    for _ in range(max_steps):
-        now = engine.clock.now()
-        while coming and coming[-1].arrival <= now:
-            engine.add(coming.pop())
-        if not engine.has_work and not coming:
-            return texts, times
-        for emission in engine.step():
-            assert emission.token is not None
-            texts[emission.request.id].append(emission.token)
-            times[emission.request.id].append(engine.clock.now())
-        if engine.clock.now() == now:
-            engine.clock.advance(0.05)
-        while engine.tiers is not None and rng.random() < copying:
-            engine.tiers.copier.complete(rng.choice(list(Direction)), fail=rng.random() < failing)
-    raise AssertionError(f"not done: {len(engine.waiting)} waiting, {len(engine.running)} running")
-
-
-def _prompt(length: int, family: int) -> list[int]:
-    return [(family * 101 + i * 7) % 900 for i in range(length)]
-
-
-_REQUESTS = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(0, 3), st.integers(1, 50), st.floats(0, 4), st.sampled_from([4.0, 20.0])),
-    min_size=1,
-    max_size=14,
-)
 _SETTINGS = st.sampled_from(
     [
         StreamingSettings(),
@@ -283,17 +250,14 @@ _SETTINGS = st.sampled_from(
 
 
 @settings(max_examples=120, deadline=None)
-@given(_REQUESTS, _SETTINGS, st.integers(20, 60), st.integers(0, 60), st.floats(0, 0.4), st.integers(0))
+@given(REQUESTS, _SETTINGS, st.integers(20, 60), st.integers(0, 60), st.floats(0, 0.4), st.integers(0))
 def test_every_text_is_right_and_ends(requests, chosen, num_blocks, slots, failing, seed):
     """Law: whatever comes and whatever copies do, each text is what it should be and ends in bounded time."""
     rng = random.Random(seed)
     engine = make_engine(num_blocks=num_blocks, policy=Streaming(chosen), host_slots=slots, step=0.05)
-    coming = [
-        make_request(f"r{i}", _prompt(length, family), count, arrival=at, stream_rate=rate)
-        for i, (length, family, count, at, rate) in enumerate(requests)
-    ]
+    coming = arriving(requests)
     expected = {r.id: continuation(r.tokens[: r.prompt_length].tolist(), r.params.max_tokens) for r in coming}
-    texts, times = _serve(engine, coming, rng, failing=failing)
+    texts, times = serve(engine, coming, rng, failing=failing)
     assert texts == expected
     ended = max(of_one[-1] for of_one in times.values())
     # One token a step would take this long; a pause of everybody lasts no longer than what they have to read.
@@ -306,8 +270,8 @@ def test_while_nobody_has_to_wait_it_is_first_come_first_served():
         noting = Noting(policy)
         engine = make_engine(num_blocks=200, policy=noting, host_slots=50, step=0.01, token_budget=64)
         engine.tiers.copier.wait = lambda seconds: None
-        coming = [make_request(f"r{i}", _prompt(20 + i, i), 60, arrival=0.2 * i) for i in range(12)]
-        _serve(engine, coming, random.Random(0), copying=0.0)
+        coming = [make_request(f"r{i}", prompt(20 + i, i), 60, arrival=0.2 * i) for i in range(12)]
+        serve(engine, coming, random.Random(0), copying=0.0)
         decisions.append([(now, decision.grants, decision.preempt) for now, decision in noting.decisions])
     assert decisions[0] == decisions[1]
 
@@ -317,8 +281,8 @@ def _burst(policy: Policy, *, step: float, rate: float, count: int = 24, declare
     engine = make_engine(
         num_blocks=170, policy=policy, host_slots=1000, step=step, token_budget=64, max_running=24, share=False
     )
-    coming = [make_request(f"r{i}", _prompt(20, i), 60, stream_rate=declared * rate) for i in range(count)]
-    texts, times = _serve(engine, coming, random.Random(0), copying=0.9)
+    coming = [make_request(f"r{i}", prompt(20, i), 60, stream_rate=declared * rate) for i in range(count)]
+    texts, times = serve(engine, coming, random.Random(0), copying=0.9)
     assert texts == {r.id: continuation(r.tokens[:20].tolist(), 60) for r in coming}
     return times, coming
 

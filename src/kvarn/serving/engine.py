@@ -21,7 +21,6 @@ from kvarn.serving.clock import Clock
 from kvarn.serving.costs import Costs
 from kvarn.serving.executors.protocol import Executor
 from kvarn.serving.kvcache.cache import KVCache
-from kvarn.serving.kvcache.copies import Direction
 from kvarn.serving.kvcache.tiers import TierBooks, Tiers
 from kvarn.serving.policies.protocol import Policy, Snapshot
 from kvarn.serving.request import FinishReason, Request, RequestState
@@ -133,11 +132,17 @@ class Engine:
         self._end_copies(now)
         self._expire(now)
         batch = self._schedule(now)
+        while self.tiers is not None and self.tiers.copies_first:
+            self.tiers.wait(_COPY_WAIT)
+            self._end_copies(self.clock.now())
         self._draft(batch)
         sampled = self._compute(batch)
         self._advance(batch, sampled)
         if self.tiers is not None:
-            self._copy(self.tiers, bool(batch.rows), self.clock.now() - now)
+            if batch.rows:
+                self.tiers.write_ahead(self.running, self.clock.now(), self.clock.now() - now)
+            else:  # all that there is to do hangs on copies
+                self.tiers.wait(_COPY_WAIT)
         emissions, self._ended = self._ended, []
         self.counters.steps += 1
         self.counters.step_seconds += perf_counter() - started
@@ -236,21 +241,6 @@ class Engine:
                 request.write_drafts(draft)
                 row.count, row.drafts = row.count + len(draft), len(draft)
                 self.counters.drafted_tokens += len(draft)
-
-    def _copy(self, tiers: Tiers, computed: bool, seconds: float) -> None:
-        """Copy new blocks of those who can soonest do without the device, as many as the next step has time for.
-
-        When nothing was computed, because all that there is to do hangs on copies, wait for one.
-        """
-        if not computed:
-            tiers.wait(_COPY_WAIT)
-            return
-        room = int(seconds / tiers.block_seconds[Direction.TO_HOST]) - tiers.blocks_in_flight[Direction.TO_HOST]
-        now = self.clock.now()
-        for request in sorted(self.running, key=lambda request: -request.reader.slack(now)):
-            if room <= 0:
-                return
-            room -= tiers.mirror(request, room)
 
     def _compute(self, batch: Batch) -> list[list[SampledToken]]:
         """Run the batch. A forward pass that raises fails the requests in it, not the engine."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class Direction(enum.Enum):
@@ -25,6 +25,16 @@ class CopyJob:
     """How long it took, once it has ended, without what it waited for others."""
     error: str | None = None
     """Why it failed; nothing of it may be used then."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRules:
+    """When blocks are copied; other values than the defaults show what each rule is worth."""
+
+    write_ahead: Literal["most slack first", "in order", "off"] = "most slack first"
+    """Whose new blocks are copied to the host in each step, while they still run; off: only when they give them up."""
+    overlap: bool = True
+    """Copies run beside the compute; else each step waits for those that it started."""
 
 
 class Copier(Protocol):

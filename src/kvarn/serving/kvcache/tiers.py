@@ -13,11 +13,11 @@ Source: TokenFlow (arXiv 2510.02758), section 5, with content-addressed slots in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvarn.serving.kvcache.cache import KVCache
-from kvarn.serving.kvcache.copies import Copier, CopyJob, Direction
+from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
 from kvarn.serving.request import Request
 
@@ -49,8 +49,17 @@ class TierCounters:
 class Tiers:
     """Host slots behind one KVCache. Called by the engine alone."""
 
-    def __init__(self, cache: KVCache, num_slots: int, copier: Copier, *, block_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        num_slots: int,
+        copier: Copier,
+        *,
+        block_bytes: int = 0,
+        rules: CopyRules = CopyRules(),
+    ) -> None:
         """`block_bytes` of KV in a block: for statistics."""
+        self.rules = rules
         self.cache = cache
         self.block_bytes = block_bytes
         self.host = HostIndex(num_slots)
@@ -67,6 +76,11 @@ class Tiers:
     def copying(self) -> bool:
         """Whether any copy is under way."""
         return bool(self._flights)
+
+    @property
+    def copies_first(self) -> bool:
+        """Whether the step must wait for the copies under way, as they may not run beside the compute."""
+        return not self.rules.overlap and self.copying
 
     @property
     def blocks_in_flight(self) -> dict[Direction, int]:
@@ -122,6 +136,18 @@ class Tiers:
         if blocks:
             self._start(Direction.TO_HOST, blocks, entries, starts)
         return len(blocks)
+
+    def write_ahead(self, running: Sequence[Request], now: float, seconds: float) -> None:
+        """Copy new blocks, as many as a step of so many seconds has time for, of those who can soonest do without."""
+        if self.rules.write_ahead == "off":
+            return
+        room = int(seconds / self.block_seconds[Direction.TO_HOST]) - self.blocks_in_flight[Direction.TO_HOST]
+        if room > 0 and self.rules.write_ahead == "most slack first":
+            running = sorted(running, key=lambda request: -request.reader.slack(now))
+        for request in running:
+            if room <= 0:
+                return
+            room -= self.mirror(request, room)
 
     def give_up_mirrors(self, request: Request, count: int) -> int:
         """Let go of the last `count` host blocks of a request, to make room; how many may be evicted now for it."""

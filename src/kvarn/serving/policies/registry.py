@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvarn.serving.config import EngineConfig
+from kvarn.serving.config import EngineConfig, PolicyName
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.policies.ranked import QoEGreedy, Ranked, RoundRobin, least_slack
@@ -15,7 +15,7 @@ from kvarn.serving.policies.streaming.settings import StreamingSettings
 _AHEAD = 2.0
 """Seconds of text that pacing keeps a reader ahead."""
 
-_POLICIES: dict[str, Callable[[int], Policy]] = {
+POLICIES: dict[PolicyName, Callable[[int], Policy]] = {
     "fcfs": lambda prompts: FirstComeFirstServed(prefill_budget=prompts),
     "streaming": lambda prompts: Streaming(StreamingSettings(prefill_budget=prompts)),
     "fcfs-conservative": lambda prompts: Reserving(prompts),
@@ -31,4 +31,4 @@ _POLICIES: dict[str, Callable[[int], Policy]] = {
 
 def make_policy(config: EngineConfig) -> Policy:
     """A new policy as `config` asks for it; `config` must be valid."""
-    return _POLICIES[config.policy](config.prefill_budget)
+    return POLICIES[config.policy](config.prefill_budget)

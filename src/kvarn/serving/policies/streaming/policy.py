@@ -31,7 +31,8 @@ class Streaming:
         self._calm = FirstComeFirstServed(settings.headroom_blocks, settings.prefill_budget)
         self._plan = Plan()
         self._stressed = False
-        self._looked_at = float("-inf")
+        self.looked_at = float("-inf")
+        """When the plan was made."""
         self._tick_at = float("-inf")
         self._number = 0
         self._critical = self._stay = 0.0
@@ -67,7 +68,7 @@ class Streaming:
     def _must_look(self, snapshot: Snapshot, now: float) -> bool:
         if now >= self._tick_at:
             return True
-        early = self._looked_at + self.settings.tick / _LOOKS_PER_TICK
+        early = self.looked_at + self.settings.tick / _LOOKS_PER_TICK
         return now >= early and _number(snapshot) != self._number
 
     def _look(self, snapshot: Snapshot, now: float) -> None:
@@ -79,7 +80,7 @@ class Streaming:
         table = Candidates(snapshot, crowd, now, self.estimates, self.settings)
         self._plan = balance(snapshot, table, newcomers, now, self.estimates, self.settings, self._plan.paused)
         self._critical, self._stay = table.critical, table.stay
-        self._looked_at, self._tick_at = now, now + self.settings.tick
+        self.looked_at, self._tick_at = now, now + self.settings.tick
         self._number = _number(snapshot)
 
     def _prompt_tokens(self, snapshot: Snapshot, now: float) -> int:
