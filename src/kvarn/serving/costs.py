@@ -31,12 +31,15 @@ class Costs:
         self._targets = self._products @ (np.array(_PRIOR) * self._scale)
         self._fitted: tuple[float, float, float] | None = _PRIOR
         self._prefills: deque[tuple[int, float]] = deque(maxlen=_PREFILLS)
+        self._prefill_each = _PRIOR_PREFILL
 
     def note_step(self, rows: int, context: int, prefill_tokens: int, seconds: float) -> None:
         """A step: decoding requests, their tokens of context together, prompt tokens computed beside them."""
         if prefill_tokens:
             beyond = max(0.0, seconds - self.decode_seconds(rows, context))
             self._prefills.append((prefill_tokens, beyond))
+            seen = sum(count for count, _ in self._prefills)
+            self._prefill_each = sum(seconds for _, seconds in self._prefills) / seen
             return
         if not rows:
             return
@@ -57,6 +60,4 @@ class Costs:
 
     def prefill_seconds(self, tokens: int) -> float:
         """Computing so many prompt tokens."""
-        seen = sum(count for count, _ in self._prefills)
-        each = sum(seconds for _, seconds in self._prefills) / seen if seen else _PRIOR_PREFILL
-        return tokens * each
+        return tokens * self._prefill_each

@@ -67,6 +67,8 @@ class Tiers:
         self.counters = TierCounters()
         self.block_seconds = dict.fromkeys(Direction, _FIRST_GUESS)
         """What copying a block has lately taken, each way."""
+        self.blocks_in_flight = dict.fromkeys(Direction, 0)
+        """Blocks queued or being copied, each way."""
         self._mirrors: dict[str, list[HostEntry]] = {}
         self._flights: dict[CopyJob, _Flight] = {}
         self._barred: set[str] = set()
@@ -81,14 +83,6 @@ class Tiers:
     def copies_first(self) -> bool:
         """Whether the step must wait for the copies under way, as they may not run beside the compute."""
         return not self.rules.overlap and self.copying
-
-    @property
-    def blocks_in_flight(self) -> dict[Direction, int]:
-        """Blocks queued or being copied, each way."""
-        found = dict.fromkeys(Direction, 0)
-        for job in self._flights:
-            found[job.direction] += len(job.blocks)
-        return found
 
     def queue_seconds(self, direction: Direction, blocks: int) -> float:
         """Until so many more blocks would be copied, behind what is queued."""
@@ -188,6 +182,7 @@ class Tiers:
         arrived = []
         for job in self.copier.finished():
             flight = self._flights.pop(job)
+            self.blocks_in_flight[job.direction] -= len(job.blocks)
             failed = job.error is not None
             self.counters.failed_copies += failed
             if failed:
@@ -272,6 +267,7 @@ class Tiers:
         self.cache.pool.acquire(blocks)
         job = CopyJob(direction, blocks, [entry.slot for entry in entries], starts)
         self._flights[job] = _Flight(entries, request)
+        self.blocks_in_flight[direction] += len(blocks)
         self.copier.start(job)
 
     def _count(self, job: CopyJob) -> None:

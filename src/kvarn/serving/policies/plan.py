@@ -16,6 +16,10 @@ from kvarn.serving.policies.protocol import RequestView, Snapshot
 from kvarn.serving.policies.step import Step
 
 
+_IN_VAIN = 8
+"""Requests that a step asks about without being able to bring them, at most."""
+
+
 @dataclass(slots=True)
 class Plan:
     """What to bring about. Carrying it out takes from it what is done."""
@@ -72,7 +76,7 @@ def _bring(plan: Plan, step: Step, tokens_left: int, means: Means) -> list[Reque
     block = 0.0 if tiers is None else tiers.read_seconds(1) - link
     admitted: list[RequestView] = []
     left: list[RequestView] = []
-    held = 0
+    held = in_vain = 0
     bring = [request for request in plan.bring if request.id in waiting]
     for i, request in enumerate(bring):
         # Who has been here before most likely comes through the link; asking costs a walk over all his blocks.
@@ -82,6 +86,10 @@ def _bring(plan: Plan, step: Step, tokens_left: int, means: Means) -> list[Reque
         offer = step.offer(request)
         if not offer.loaded_tokens and tokens_left <= 0:
             left.append(request)
+            in_vain += 1
+            if in_vain == _IN_VAIN:
+                left.extend(bring[i + 1 :])
+                break
             continue
         need = offer.blocks + offer.idle_blocks
         if not _make_room(plan, step, held + need, len(admitted), running):
