@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import attrgetter
 
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
@@ -253,8 +255,15 @@ class Tiers:
         if request.id in self._barred:
             return []
         usable = (request.num_tokens - 1) // self.cache.block_size  # the last token is always computed
+        # Its own copies need not be looked for: they are pinned.
+        own = self._mirrors.get(request.id, [])[first:usable]
+        found = list(takewhile(attrgetter("clean"), own))
+        if len(found) < len(own) or first + len(found) >= usable:
+            return found
         hashes = self.cache.hashes(request, usable)[:usable]
-        return self.host.match(hashes, request.tokens, self.cache.block_size, self.cache.salt(request), first)
+        salt = self.cache.salt(request)
+        found += self.host.match(hashes, request.tokens, self.cache.block_size, salt, first + len(found))
+        return found
 
     def _start(
         self,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from kvarn.serving.policies.protocol import RequestView, Snapshot
 from kvarn.serving.policies.step import Step
 
-
 _IN_VAIN = 8
 """Requests that a step asks about without being able to bring them, at most."""
 

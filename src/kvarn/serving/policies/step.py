@@ -62,7 +62,7 @@ class Step:
         """Requests whose prompts are being computed or loaded."""
         self.admitted = 0
         """Waiting requests that were granted tokens, or are loaded."""
-        self._coming = 0
+        self._coming: int | None = None
         self._keepers = givers
         self._givers: list[RequestView] | None = None
         self._preempted: list[str] = []
@@ -76,7 +76,9 @@ class Step:
     @property
     def coming(self) -> int:
         """Blocks that will be nobody's once copies to the host have ended."""
-        return self._coming + (0 if self.snapshot.tiers is None else self.snapshot.tiers.coming_blocks)
+        if self._coming is None:
+            self._coming = 0 if self.snapshot.tiers is None else self.snapshot.tiers.coming_blocks
+        return self._coming
 
     def decision(self, wake_at: float = float("inf")) -> Decision:
         return Decision(tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), wake_at)
@@ -135,7 +137,8 @@ class Step:
             dirty = self.snapshot.tiers.unmirrored_blocks(request.id)
         (self._offloaded if dirty else self._preempted).append(request.id)
         self.available += max(0, freed - dirty)
-        self._coming += min(freed, dirty)
+        if dirty:
+            self._coming = self.coming + min(freed, dirty)
 
     # ---- those that wait ---------------------------------------------------------------------------------
 

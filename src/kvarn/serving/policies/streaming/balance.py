@@ -2,7 +2,7 @@
 
 First the working set grows: newcomers are let in while memory, the device's speed and the buffers of those who would
 make room for them allow. Then everybody let in competes for the device's blocks by what being there gains; a greedy
-choice by gain per block, improved by one pass of swaps between neighbours in that order.
+choice by gain, improved by one pass of swaps between neighbours in that order.
 
 Source: TokenFlow (arXiv 2510.02758), 4.2 and 4.3.
 """
@@ -198,7 +198,8 @@ def _choose(table: Candidates, room: float, places: int, settings: StreamingSett
     if settings.hysteresis:
         gain[: table.num_residents] *= np.where(gain[: table.num_residents] > 0, settings.retention, 1.0)
     gain[table.pinned] += _PINNED
-    order = np.argsort(-gain / table.blocks, kind="stable").tolist()
+    # By gain, not by gain per block: else requests would change places for their sizes alone, twice as often.
+    order = np.argsort(-gain, kind="stable").tolist()
     blocks, gained = table.blocks.tolist(), gain.tolist()
     chosen = [False] * len(order)
     for i in order:
