@@ -63,7 +63,11 @@ class Candidates:
         """Seconds that everybody stays where he was moved to."""
         if settings.hysteresis:
             steps, switches = settings.residence_steps, settings.residence_switches
-            self.stay = max(steps * self.step_seconds, switches * self.switch_seconds)
+            # Who comes back computes what his last, partial block held, while all others wait.
+            again = costs.prefill_seconds(size) / 2
+            self.stay = max(
+                steps * self.step_seconds, switches * self.switch_seconds, count * again / settings.switch_share
+            )
         # Who has been without tokens for long comes first, the longest of them before the others.
         thirst = now - crowd.dry - settings.patience * settings.tick
         self.starving = np.isfinite(crowd.dry) & (thirst > 0)
@@ -116,7 +120,7 @@ def balance(
     back = [i for i in np.argsort(-table.gain, kind="stable").tolist() if i >= count and chosen[i]]
     starving = [table.requests[i] for i in back if table.starving[i]]
     others = [table.requests[i] for i in back if not table.starving[i]]
-    short = bool(newcomers or (table.slack < table.critical).any())
+    short = bool((table.slack[:count] < table.critical).any())
     return Plan(
         bring=[*starving, *_merged(admitted, others, table, now)],
         victims=[table.requests[i] for i in victims],

@@ -32,6 +32,8 @@ class StreamingSettings:
     """Steps that a request stays where it was moved to, at least."""
     residence_switches: float = 4.0
     """And so many times as long as a move takes."""
+    switch_share: float = 0.1
+    """And so long that what is computed again after moves takes at most this share of the time."""
     patience: float = 2.0
     """Ticks after which a reader who waits in the middle of his text comes before everything."""
     max_preemptions: int = 64
