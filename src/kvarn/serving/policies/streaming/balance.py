@@ -120,7 +120,7 @@ def balance(
     back = [i for i in np.argsort(-table.gain, kind="stable").tolist() if i >= count and chosen[i]]
     starving = [table.requests[i] for i in back if table.starving[i]]
     others = [table.requests[i] for i in back if not table.starving[i]]
-    short = bool((table.slack[:count] < table.critical).any())
+    short = bool(newcomers or (table.slack[:count] < table.critical).any())
     return Plan(
         bring=[*starving, *_merged(admitted, others, table, now)],
         victims=[table.requests[i] for i in victims],

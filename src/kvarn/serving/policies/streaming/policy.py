@@ -18,6 +18,8 @@ from kvarn.serving.policies.streaming.crowd import Crowd
 from kvarn.serving.policies.streaming.estimates import Estimates
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 
+_CAUTION = 0.8
+"""Share of a reader's time that a step with prompts is planned to take: how long it takes is an estimate."""
 _LOOKS_PER_TICK = 8
 """Looks that events may cause in a tick, at most."""
 
@@ -100,7 +102,7 @@ class Streaming:
         slack = min([request.reader.slack(now) for request in decoding])
         period = min([1.0 / request.reader.rate for request in decoding])
         context = sum([request.num_tokens for request in decoding])
-        spare = max(slack, period) - snapshot.costs.decode_seconds(len(decoding), context)
+        spare = _CAUTION * max(slack, period) - snapshot.costs.decode_seconds(len(decoding), context)
         tokens = int(spare / max(snapshot.costs.prefill_seconds(1), 1e-9))
         return min(budget, max(tokens, int(self.settings.prefill_floor * budget), 1))
 
