@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 from kvarn.cli.main import app
 from kvarn.errors import KvarnError
+from kvarn.serving.api.recorder import FinishedSequence, Recorder
+from kvarn.serving.sampling.params import SamplingParams
 
 SMALL = ["--workload", "poisson:30", "-n", "40", "--input-tokens", "200", "--output-tokens", "30"]
 
@@ -67,3 +69,20 @@ def test_errors_are_in_words(arguments: tuple[str, ...], message: str) -> None:
 
 def test_nobody_served_is_exit_code_1() -> None:
     assert simulate("--workload", "burst:2", "--input-tokens", "9000").exit_code == 1
+
+
+def test_replays_what_a_server_recorded(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    recorder = Recorder(trace, block_size=16, content=False)
+    for i in range(4):
+        prompt = [7] * 64 + [i] * 10  # the first four blocks are shared
+        recorder.record(
+            FinishedSequence(
+                f"r{i}", 1000.0 + i, float(i), "", prompt, [1] * (5 + i), 0, [0.1] * (5 + i), "length", SamplingParams()
+            )
+        )
+    recorder.close()
+    report = json.loads(simulate("--trace", str(trace), "--json").stdout)
+    assert report["completed"] == 4
+    assert report["output_tokens"] == 5 + 6 + 7 + 8
+    assert report["engine"]["prefix_hit_tokens"] == 3 * 64
