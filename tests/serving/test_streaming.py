@@ -16,6 +16,9 @@ from kvarn.serving.costs import Costs
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
 from kvarn.serving.policies.reserving import Reserving
+from kvarn.serving.policies.streaming.balance import _swap_neighbours
+from kvarn.serving.policies.streaming.crowd import Crowd
+from kvarn.serving.policies.streaming.estimates import Estimates
 from kvarn.serving.policies.streaming.gains import gains
 from kvarn.serving.policies.streaming.policy import Streaming
 from kvarn.serving.policies.streaming.settings import StreamingSettings
@@ -97,6 +100,31 @@ def test_two_places_for_three_readers_change_hands_when_the_buffers_are_there():
     assert first_steps == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
     assert next(now for now, d in policy.decisions if now > 3.0 and "R1" in dict(d.grants)) == 5.0
     assert [request.reader.stalls for request in requests.values()] == [0, 0, 0]
+
+
+def test_one_makes_room_for_two_who_together_gain_more():
+    order, blocks, gained = [0, 1, 2], [10.0, 5.0, 5.0], [5.0, 4.0, 3.0]
+    chosen = [True, False, False]
+    _swap_neighbours(order, chosen, blocks, gained, room=0.0, places=1)
+    assert chosen == [False, True, True]
+    for room, places, gained in ((-1.0, 1, [5.0, 4.0, 3.0]), (0.0, 0, [5.0, 4.0, 3.0]), (0.0, 1, [8.0, 4.0, 3.0])):
+        chosen = [True, False, False]
+        _swap_neighbours(order, chosen, blocks, gained, room, places)
+        assert chosen == [True, False, False]
+
+
+def test_overload_ends_only_when_demand_is_clearly_below_what_is_generated():
+    """A step of 0.1 s for 8 rows generates 80 tokens/s; every reader takes 10."""
+    snapshot = Snapshot(
+        (), (), 0, SIZE, 64, 8, num_blocks=1000, prefix_hit=lambda id: Hit(), reclaimable_blocks=lambda id: 0,
+        shares_prefix=lambda id, other, tokens: False, costs=SteadyCosts(0.1),
+    )  # fmt: skip
+    estimates, overloaded = Estimates(StreamingSettings(relief=0.2)), []
+    for readers in (8, 9, 8, 7, 6, 7, 8):
+        waiting = [View(f"w{i}", 10, 0, 0, Reader(10.0), preemptions=1) for i in range(readers)]
+        estimates.note(snapshot, Crowd(snapshot, waiting, 0.0), 0.0)
+        overloaded.append(bool(estimates.overloaded))
+    assert overloaded == [False, True, True, True, False, False, False]
 
 
 def test_settings_that_cannot_work_are_refused():

@@ -10,7 +10,6 @@ Source: TokenFlow (arXiv 2510.02758), 4.2 and 4.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,13 +211,23 @@ def _choose(table: Candidates, room: float, places: int, settings: StreamingSett
             room -= blocks[i]
             places -= 1
     if settings.local_search:
-        for inside, outside in zip(order, islice(order, 1, None), strict=False):
-            if chosen[inside] and not chosen[outside] and gained[outside] > gained[inside]:
-                more = blocks[outside] - blocks[inside]
-                if more <= room:
-                    chosen[inside], chosen[outside] = False, True
-                    room -= more
+        _swap_neighbours(order, chosen, blocks, gained, room, places)
     return chosen
+
+
+def _swap_neighbours(
+    order: list[int], chosen: list[bool], blocks: list[float], gained: list[float], room: float, places: int
+) -> None:
+    """One pass: one inside makes room for the two behind him in the order, where together they gain more and fit."""
+    for inside, first, second in zip(order, order[1:], order[2:], strict=False):
+        if places < 1:
+            return
+        if chosen[inside] and not chosen[first] and not chosen[second]:
+            more = blocks[first] + blocks[second] - blocks[inside]
+            if more <= room and gained[first] + gained[second] > gained[inside]:
+                chosen[inside], chosen[first], chosen[second] = False, True, True
+                room -= more
+                places -= 1
 
 
 def _merged(admitted: list[RequestView], back: list[RequestView], table: Candidates, now: float) -> list[RequestView]:

@@ -16,7 +16,7 @@ class StreamingSettings:
     """Between two looks at who should be on the device (the paper's Delta t)."""
     safety: float = 1.5
     """A request may make room for a newcomer once it has this many times the slack that the detour takes (mu)."""
-    contraction: float = 0.5
+    contraction: float = 0.25
     """How far the number of requests served at once is held back from what memory allows (lambda of Eq. 5)."""
     urgency: float = 10.0
     """Weight of an empty buffer against a token's own value (gamma, in queueing delays)."""
