@@ -3,9 +3,10 @@
 Slots are found by content, as in the prefix index: by a hash chained over all tokens before, and a match compares the
 tokens themselves. So blocks that requests share are kept once, and what a finished request leaves is a prefix cache.
 
-    reserve: FREE or evicted -> WRITING (pinned by the copy)     written: WRITING -> CLEAN     drop: any -> FREE
+    reserve: FREE or evicted -> WRITING (pinned by the copy)     written: WRITING -> CLEAN     drop: any -> LOST
 
-CLEAN entries that nobody pins may be evicted, the least recently used first.
+CLEAN entries that nobody pins may be evicted, the least recently used first. A LOST entry is found no more; its slot is
+free as soon as nobody pins it, for whoever does may still be reading there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class HostEntry:
     """Whether the copy is complete."""
     pins: int = 0
     lost: bool = False
-    """Dropped: its slot belongs to somebody else by now."""
+    """Dropped or evicted: not to be used any more."""
 
 
 class HostIndex:
@@ -43,6 +44,8 @@ class HostIndex:
         self._free = list(range(num_slots - 1, -1, -1))
         self._by_hash: dict[bytes, HostEntry] = {}
         self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._dropped: set[HostEntry] = set()
+        """Lost entries that are still pinned."""
         self.evictions = 0
 
     @property
@@ -96,13 +99,12 @@ class HostIndex:
         self.unpin(entry)
 
     def drop(self, entry: HostEntry) -> None:
-        """The copy failed, or its content cannot be read: forget it. Pins of others no longer count."""
-        if entry.lost:
-            return
-        del self._by_hash[entry.hash]
-        self._idle.pop(entry.hash, None)
-        entry.lost = True
-        self._free.append(entry.slot)
+        """The copy that had a pin of it failed: that pin is given back, and nobody finds the entry any more."""
+        if not entry.lost:
+            del self._by_hash[entry.hash]
+            entry.lost = True
+            self._dropped.add(entry)
+        self.unpin(entry)
 
     def pin(self, entry: HostEntry) -> None:
         """Keep an entry until it is unpinned as often."""
@@ -112,15 +114,18 @@ class HostIndex:
 
     def unpin(self, entry: HostEntry) -> None:
         """One pin less; an entry without pins may be evicted."""
-        if entry.lost:
-            return
         entry.pins -= 1
-        if entry.pins == 0:
+        if entry.pins:
+            return
+        if entry.lost:
+            self._dropped.remove(entry)
+            self._free.append(entry.slot)
+        else:
             self._idle[entry.hash] = None
 
     def check(self) -> None:
         """Raise AssertionError unless every slot is in exactly one place."""
-        slots = [entry.slot for entry in self._by_hash.values()]
+        slots = [entry.slot for entry in (*self._by_hash.values(), *self._dropped)]
         assert sorted(self._free + slots) == list(range(self.num_slots)), "slots are lost or used twice"
         idle = {entry.hash for entry in self._by_hash.values() if entry.pins == 0}
         assert idle == set(self._idle), "idle entries and pins disagree"

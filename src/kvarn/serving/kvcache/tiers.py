@@ -231,7 +231,7 @@ class Tiers:
         for entries in (*self._mirrors.values(), *(flight.entries for flight in self._flights.values())):
             for entry in entries:
                 pins[entry] = pins.get(entry, 0) + 1
-        assert all(entry.pins == count for entry, count in pins.items() if not entry.lost), "pins are lost"
+        assert all(entry.pins == count for entry, count in pins.items()), "pins are lost"
 
     # ---- small parts -------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class Tiers:
         for mirrors in self._mirrors.values():
             for i, entry in enumerate(mirrors):
                 if entry.lost:
-                    for other in mirrors[i + 1 :]:
+                    for other in mirrors[i:]:
                         self.host.unpin(other)
                     del mirrors[i:]
                     break
