@@ -72,3 +72,36 @@ def test_another_rate_keeps_what_is_unread() -> None:
 def test_a_rate_that_is_no_rate_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         Reader(rate)
+
+
+def test_words_of_how_far_he_is_tell_what_is_left_and_how_fast_he_reads():
+    reader = Reader(20)
+    for _ in range(100):
+        reader.receive(0.0)
+    reader.acknowledge(0, 0.0, fastest=50)
+    reader.acknowledge(10, 1.0, fastest=50)
+    assert reader.rate == pytest.approx(15) and reader.buffer(1.0) == pytest.approx(90, abs=1)
+    for second in range(2, 9):
+        reader.acknowledge(10 * second, float(second), fastest=50)
+    assert reader.rate == pytest.approx(10, rel=0.02)
+    assert reader.slack(8.0) == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize(("read", "at"), [(101, 5.0), (-1, 5.0), (4, 5.0)])
+def test_words_that_cannot_be_are_ignored(read, at):
+    reader = Reader(20)
+    for _ in range(100):
+        reader.receive(0.0)
+    reader.acknowledge(5, 0.0, fastest=50)
+    before = (reader.rate, reader.slack(at))
+    reader.acknowledge(read, at, fastest=50)
+    assert (reader.rate, reader.slack(at)) == before
+
+
+def test_he_is_believed_only_so_far():
+    reader = Reader(20)
+    for _ in range(1000):
+        reader.receive(0.0)
+    for second in range(10):
+        reader.acknowledge(100 * second, float(second), fastest=30)
+    assert reader.rate == 30

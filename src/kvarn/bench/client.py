@@ -46,6 +46,8 @@ class LoadSettings:
     """At most so many requests in flight; None lets all go at their arrival."""
     timeout: float = 600.0
     """For one request, from sending to the last byte."""
+    stream_rate: float | None = None
+    """Tokens a second of readers the workload says nothing of: told to the server, which may schedule by it."""
     extra_body: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request's JSON; they win over those written here."""
 
@@ -158,7 +160,11 @@ async def _ask(settings: LoadSettings, spec: RequestSpec, body: bytes, arrival: 
     error = None
     try:
         async with asyncio.timeout(settings.timeout):
-            answer = await http.post(settings.endpoint, "/chat/completions" if settings.chat else "/completions", body)
+            # A header, since a server that knows no readers may refuse an unknown field.
+            rate = spec.stream_rate or settings.stream_rate
+            headers = () if rate is None else (("X-Stream-Rate", f"{rate:g}"),)
+            path = "/chat/completions" if settings.chat else "/completions"
+            answer = await http.post(settings.endpoint, path, body, headers)
             try:
                 await _read(answer, stream)
             finally:

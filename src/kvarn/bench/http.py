@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -104,12 +104,14 @@ async def get(endpoint: Endpoint, path: str) -> Answer:
     return await _send(endpoint, "GET", path, b"")
 
 
-async def post(endpoint: Endpoint, path: str, body: bytes) -> Answer:
+async def post(endpoint: Endpoint, path: str, body: bytes, headers: Sequence[tuple[str, str]] = ()) -> Answer:
     """POST `body` (JSON) to `path` below the endpoint's own path; returns as soon as the headers are in."""
-    return await _send(endpoint, "POST", path, body)
+    return await _send(endpoint, "POST", path, body, headers)
 
 
-async def _send(endpoint: Endpoint, method: str, path: str, body: bytes) -> Answer:
+async def _send(
+    endpoint: Endpoint, method: str, path: str, body: bytes, more: Sequence[tuple[str, str]] = ()
+) -> Answer:
     context = ssl.create_default_context() if endpoint.secure else None
     try:
         reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context, limit=_LIMIT)
@@ -118,7 +120,7 @@ async def _send(endpoint: Endpoint, method: str, path: str, body: bytes) -> Answ
     try:
         headers = [f"{method} {endpoint.path}{path} HTTP/1.1", f"Host: {endpoint.host}:{endpoint.port}"]
         headers += ["Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close"]
-        headers += [f"{name}: {value}" for name, value in endpoint.headers]
+        headers += [f"{name}: {value}" for name, value in (*endpoint.headers, *more)]
         writer.write("\r\n".join([*headers, "", ""]).encode("latin-1") + body)
         await writer.drain()
         return await _read_head(reader, writer)

@@ -141,7 +141,7 @@ async def _load(
     text = asked.chat or asked.prompts is PromptKind.text
     load = client.LoadSettings(
         endpoint, name, chat=asked.chat, text_prompts=text, ignore_eos=asked.ignore_eos,
-        concurrency=asked.concurrency, timeout=asked.timeout,
+        concurrency=asked.concurrency, timeout=asked.timeout, stream_rate=asked.stream_rate or None,
     )  # fmt: skip
     maker = PromptMaker(asked.seed, words=single_token_words(words) if text and words else ())
     with progress_bar() as progress:

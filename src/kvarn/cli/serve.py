@@ -37,10 +37,21 @@ def serve(
     served_name: Annotated[str, _server(help="Model name that clients use [dim](default: the model's)[/].")] = "",
     api_key: Annotated[list[str] | None, _server(help="Accept only requests with this bearer key; repeatable.")] = None,
     api_key_file: Annotated[
-        Path | None, _server(help="File with one API key a line (also: KVARN_API_KEYS, comma separated).")
+        Path | None,
+        _server(
+            help="File with one API key a line, and behind it, if it has one, the stream rate that its readers are "
+            "believed at most (keys also: KVARN_API_KEYS, comma separated)."
+        ),
     ] = None,
     record: Annotated[Path | None, _server(help="Append one JSON line per finished request.")] = None,
     record_content: Annotated[bool, _server("--record-content", help="Record token ids (the text!) as well.")] = False,
+    stream_rate: Annotated[
+        float, _server(help="Tokens a second that a reader takes who does not say (stream_rate, X-Stream-Rate).")
+    ] = _SERVER.default_stream_rate,
+    max_stream_rate: Annotated[
+        float, _server(help="The fastest that readers are believed to be, where their key has no limit of its own.")
+    ] = _SERVER.max_stream_rate,
+    pace: Annotated[bool, _server("--pace", help="Send tokens as they are read, not as they are made.")] = False,
     access_log: Annotated[bool, _server("--access-log", help="Log every HTTP request.")] = False,
     precision: Precision = _ENGINE.precision,
     kv_dtype: CacheDType = _ENGINE.kv_dtype,
@@ -73,6 +84,7 @@ def serve(
     """
     from kvarn.serving.api.server import run_server
 
+    keys, limits = _api_keys(api_key or [], api_key_file)
     config = ServerConfig(
         engine=EngineConfig(
             model=model, precision=precision, kv_dtype=kv_dtype, device=device, policy=policy,
@@ -82,7 +94,8 @@ def serve(
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
             speculation=speculation, draft_tokens=draft_tokens,
         ),
-        host=host, port=port, served_name=served_name, api_keys=_api_keys(api_key or [], api_key_file),
+        host=host, port=port, served_name=served_name, api_keys=keys, stream_rate_limits=limits,
+        default_stream_rate=stream_rate, max_stream_rate=max_stream_rate, pace=pace,
         max_body_bytes=parse_bytes(max_body, "--max-body"), max_queued=max_queued, max_concurrent=max_concurrent,
         request_timeout=request_timeout, drain_seconds=drain_seconds, record=record, record_content=record_content,
         access_log=access_log,
@@ -94,14 +107,27 @@ def serve(
     sys.exit(code)
 
 
-def _api_keys(keys: list[str], file: Path | None) -> tuple[str, ...]:
-    """Keys of the options, the file and the environment."""
+def _api_keys(keys: list[str], file: Path | None) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Keys of the options, the environment and the file; and the stream rates that the file gives some of them."""
     keys = keys + [key for key in os.environ.get("KVARN_API_KEYS", "").split(",") if key.strip()]
+    limits: dict[str, float] = {}
     if file is not None:
         try:
-            keys += file.read_text().split()
+            lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
         except OSError as error:
             raise KvarnError(f"--api-key-file {file} cannot be read: {error.strerror}") from error
+        for number, (key, *rest) in enumerate(lines, 1):
+            keys.append(key)
+            if rest:
+                limits[key] = _rate(rest, f"--api-key-file {file}, key {number}")
         if not keys:
             raise KvarnError(f"--api-key-file {file} has no keys; write one a line")
-    return tuple(key.strip() for key in keys)
+    return tuple(key.strip() for key in keys), limits
+
+
+def _rate(words: list[str], where: str) -> float:
+    try:
+        (word,) = words
+        return float(word)
+    except ValueError as error:
+        raise KvarnError(f"{where}: expected nothing or one number behind the key, tokens per second") from error

@@ -125,6 +125,12 @@ class Engine:
         if request is not None:
             self._finish(request, FinishReason.CANCELLED)
 
+    def acknowledge(self, id: str, tokens: int, fastest: float) -> None:
+        """The reader of a request has read so many of its tokens (see Reader.acknowledge); unknown ids are ignored."""
+        request = self._requests.get(id)
+        if request is not None:
+            request.reader.acknowledge(tokens, self.clock.now(), fastest)
+
     def step(self) -> list[Emission]:
         """One step: a token for each running request that has its prompt computed, and more where drafts came true."""
         started = perf_counter()

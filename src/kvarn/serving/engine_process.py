@@ -24,6 +24,7 @@ import zmq
 
 from kvarn.errors import KvarnError, RequestError
 from kvarn.serving.api.messages import (
+    Acknowledge,
     Cancel,
     EngineStats,
     FromEngine,
@@ -96,6 +97,8 @@ class EngineProcess:
                 self._add(message)
             case Cancel():
                 self.engine.cancel(message.id)
+            case Acknowledge():
+                self.engine.acknowledge(message.id, message.tokens, message.fastest)
             case Shutdown():
                 self.stop()
 
@@ -127,6 +130,7 @@ class EngineProcess:
             tenant=message.tenant,
             priority=message.priority,
             deadline=now + message.timeout,
+            stream_rate=message.stream_rate,
         )
 
     def _send(self, outputs: list[TokenOutput], *, force_stats: bool = False) -> None:

@@ -17,6 +17,8 @@ from math import ceil
 
 DEFAULT_RATE = 20.0
 """Tokens a second: faster than people read aloud, about as fast as they skim."""
+_SHORTEST_MEASURE = 0.5
+"""Seconds between two acknowledgements that tell a rate."""
 _TICK = 1e-6
 """Seconds below which two times are the same: sums of a playback clock carry rounding."""
 
@@ -24,7 +26,7 @@ _TICK = 1e-6
 class Reader:
     """One stream's playback clock, at `rate` tokens per second."""
 
-    __slots__ = ("_next_play", "rate", "stall_seconds", "stalls", "tokens")
+    __slots__ = ("_acknowledged", "_next_play", "rate", "stall_seconds", "stalls", "tokens")
 
     def __init__(self, rate: float = DEFAULT_RATE) -> None:
         """ValueError unless the rate is above zero."""
@@ -38,6 +40,7 @@ class Reader:
         self.stall_seconds = 0.0
         """How long he waited in all."""
         self._next_play = 0.0
+        self._acknowledged: tuple[float, int] | None = None
 
     @property
     def started(self) -> bool:
@@ -75,3 +78,23 @@ class Reader:
         if self.tokens and self._next_play > now:
             self._next_play = now + (self._next_play - now) * self.rate / rate
         self.rate = rate
+
+    def acknowledge(self, read: int, now: float, fastest: float) -> None:
+        """He says how many tokens he has read by `now`: what he has left follows, and from two such words his rate.
+
+        A rate is believed up to `fastest`, changes by half of the difference at a word, and never while he waits
+        for a token: then it would be ours. Words that go back, or tell of tokens not made yet, are ignored.
+        """
+        if not 0 <= read <= self.tokens or (self._acknowledged is not None and read < self._acknowledged[1]):
+            return
+        if self._acknowledged is None:
+            self._acknowledged = (now, read)
+        else:
+            since, before = self._acknowledged
+            if now - since >= _SHORTEST_MEASURE:
+                if read < self.tokens and read > before:
+                    measured = (read - before) / (now - since)
+                    self.rate = min(fastest, (self.rate + measured) / 2)
+                self._acknowledged = (now, read)
+        if self.tokens:
+            self._next_play = now + (self.tokens - read) / self.rate

@@ -20,6 +20,7 @@ import msgspec
 import zmq
 
 from kvarn.serving.api.messages import (
+    Acknowledge,
     Cancel,
     EngineStats,
     FromEngine,
@@ -114,6 +115,8 @@ class StandIn:
             case Cancel():
                 log("cancel", id=message.id)
                 self.running.pop(message.id, None)
+            case Acknowledge():
+                log("acknowledge", id=message.id, tokens=message.tokens, fastest=message.fastest)
             case Shutdown():
                 log("shutdown")
                 self.alive = False

@@ -111,7 +111,7 @@ def test_every_finished_sequence_leaves_one_line(start: Any, tmp_path: Path) -> 
 
 def sequence(id: str, **params: Any) -> FinishedSequence:
     return FinishedSequence(
-        id, 1.0, time.monotonic(), "", [1] * 40, [2, 3], 0, [0.1, 0.2], "stop", SamplingParams(**params)
+        id, 1.0, time.monotonic(), "", [1] * 40, [2, 3], 0, [0.1, 0.2], "stop", SamplingParams(**params), 20.0
     )
 
 

@@ -30,11 +30,12 @@ from kvarn.serving.api.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ReadRequest,
     ResponsesRequest,
     TokenizeRequest,
 )
 from kvarn.serving.api.service import Service
-from kvarn.serving.api.small_endpoints import Condition, Models, Tokens
+from kvarn.serving.api.small_endpoints import Condition, Models, Streams, Tokens
 
 Handler = Callable[..., Awaitable[Response]]
 
@@ -69,6 +70,7 @@ def make_app(service: Service) -> FastAPI:
     post("/v1/completions", Completions(service).create, CompletionRequest, Completion, streams=True)
     post("/v1/responses", Responses(service).create, ResponsesRequest, ResponseObject, streams=True)
     models, tokens, condition = Models(service), Tokens(service), Condition(service)
+    post("/v1/streams/{id}/read", Streams(service).read, ReadRequest, Health)
     get("/v1/models", models.index, ModelList)
     get("/v1/models/{model:path}", models.show, Model)
     post("/tokenize", tokens.tokenize, TokenizeRequest, Tokenized)

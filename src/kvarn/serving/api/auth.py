@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
 from kvarn.errors import RequestError
@@ -12,8 +12,14 @@ from kvarn.errors import RequestError
 class ApiKeys:
     """The accepted keys. Only their hashes are kept; comparing takes the same time whatever was sent."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], stream_rates: Mapping[str, float] | None = None) -> None:
+        """`stream_rates`: the fastest that readers with a key are believed to be, in tokens per second."""
         self._hashes = [sha256(key.encode()).digest() for key in keys]
+        self._rates = {_name(sha256(key.encode()).digest()): rate for key, rate in (stream_rates or {}).items()}
+
+    def fastest(self, tenant: str, otherwise: float) -> float:
+        """The fastest that a tenant's readers are believed to be."""
+        return self._rates.get(tenant, otherwise)
 
     def tenant(self, authorization: str | None) -> str:
         """The tenant of a request with this Authorization header: it salts the prefix cache, so that no tenant can
@@ -28,4 +34,8 @@ class ApiKeys:
             raise RequestError(
                 "missing or wrong API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key", status=401
             )
-        return sent.hex()[:16]
+        return _name(sent)
+
+
+def _name(hashed: bytes) -> str:
+    return hashed.hex()[:16]

@@ -53,8 +53,10 @@ class ChatCompletions:
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         grammar = plan.grammar(service.text) or grammar_of(body.response_format)
         params = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
-        ask = ask_of(body, "chat.completions", [prompt], params, tenant)
-        generation = service.generate(new_id("chatcmpl-"), ask, link, arrival)
+        ask = ask_of(
+            body, "chat.completions", [prompt], params, tenant, service.stream_rate(request, body.stream_rate, tenant)
+        )
+        generation = service.generate(new_id("chatcmpl-"), ask, link, arrival, streams=bool(body.stream))
         writer = _Writer(service, generation, plan)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)

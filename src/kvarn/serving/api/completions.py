@@ -51,9 +51,13 @@ class Completions:
         params = sampling_params(
             body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar_of(body.response_format)
         )
-        ask = ask_of(body, "completions", prompts, params, tenant)
+        ask = ask_of(
+            body, "completions", prompts, params, tenant, service.stream_rate(request, body.stream_rate, tenant)
+        )
         echoes = await self._echoes(body, prompts)
-        generation = service.generate(new_id("cmpl-"), ask, link, arrival)  # from here on nothing may wait unguarded
+        generation = service.generate(
+            new_id("cmpl-"), ask, link, arrival, streams=bool(body.stream)
+        )  # from here on nothing may wait unguarded
         writer = _Writer(service, generation, echoes)
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)

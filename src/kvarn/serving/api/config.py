@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvarn.errors import KvarnError
 from kvarn.serving.config import EngineConfig
+from kvarn.serving.reader import DEFAULT_RATE
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class ServerConfig:
     """Sequences in flight at once, waiting or running."""
     default_max_tokens: int = 4096
     """Output tokens of a chat request that names no limit, at most what its context has room for."""
+    default_stream_rate: float = DEFAULT_RATE
+    """Tokens a second that a reader takes who does not say."""
+    max_stream_rate: float = 200.0
+    """The fastest a reader is believed to be, where his key has no limit of its own: the rate gives precedence."""
+    stream_rate_limits: dict[str, float] = field(default_factory=dict)
+    """API key -> the fastest its readers are believed to be."""
+    pace: bool = False
+    """Send tokens as they are read, `PACE_LEAD` seconds ahead, and not as they are made."""
     request_timeout: float = 600.0
     restart_wait: float = 20.0
     """How long a request waits for an engine that is starting before it is answered with 503."""
@@ -55,6 +64,15 @@ class ServerConfig:
                 raise KvarnError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not self.request_timeout > 0:
             raise KvarnError(f"request_timeout is {self.request_timeout}; expected more than 0 seconds")
+        rates = {"default_stream_rate": self.default_stream_rate, "max_stream_rate": self.max_stream_rate}
+        if self.stream_rate_limits:
+            rates |= {
+                "the lowest stream rate of an API key": min(self.stream_rate_limits.values()),
+                "the highest stream rate of an API key": max(self.stream_rate_limits.values()),
+            }
+        for name, rate in rates.items():
+            if not 0.1 <= rate <= 10_000:
+                raise KvarnError(f"{name} is {rate}; expected 0.1 to 10,000 tokens per second")
         for name in ("restart_wait", "drain_seconds"):
             if not getattr(self, name) >= 0:
                 raise KvarnError(f"{name} is {getattr(self, name)}; expected 0 seconds or more")

@@ -18,6 +18,7 @@ import zmq
 import zmq.asyncio
 
 from kvarn.serving.api.messages import (
+    Acknowledge,
     Cancel,
     EngineStats,
     FromEngine,
@@ -120,6 +121,11 @@ class EngineLink:
         if self._mailboxes.pop(id, None) is not None:
             self._unstarted.discard(id)
             self._send(Cancel(id))
+
+    def acknowledge(self, id: str, tokens: int, fastest: float) -> None:
+        """Tell how far a request's reader is; nothing happens for one that has finished."""
+        if id in self._mailboxes:
+            self._send(Acknowledge(id, tokens, fastest))
 
     def shut_down(self) -> None:
         self._send(Shutdown())

@@ -21,9 +21,11 @@ from kvarn.serving.api.engine_client import EngineLink, Mailbox
 from kvarn.serving.api.errors import ClientGone, GenerationFailed, RequestTimeout, Unavailable
 from kvarn.serving.api.messages import Submit, TokenOutput
 from kvarn.serving.api.metrics import Metrics
+from kvarn.serving.api.pacing import PacedMailbox
 from kvarn.serving.api.recorder import FinishedSequence
 from kvarn.serving.api.stops import StopStrings
 from kvarn.serving.batch import TokenLogprobs
+from kvarn.serving.reader import DEFAULT_RATE
 from kvarn.serving.request import FinishReason
 from kvarn.serving.sampling.params import UNSET_SEED, SamplingParams
 
@@ -44,6 +46,8 @@ class Ask:
     """Leave special tokens in the text."""
     priority: int = 0
     tenant: str = ""
+    stream_rate: float = DEFAULT_RATE
+    """Tokens a second that the reader takes."""
 
 
 @dataclass(slots=True)
@@ -109,6 +113,7 @@ class Generation:
         *,
         arrival: float,
         timeout: float,
+        pace: bool = False,
     ) -> None:
         self.id = id
         self.ask = ask
@@ -119,7 +124,7 @@ class Generation:
         self._metrics = metrics
         self._on_finished = on_finished
         self._on_close = on_close
-        self._mailbox = Mailbox()
+        self._mailbox = PacedMailbox(ask.stream_rate) if pace else Mailbox()
         self._closed = False
         self.sequences = [
             _Sequence(
@@ -135,7 +140,10 @@ class Generation:
         self._running = {sequence.id: sequence for sequence in self.sequences}
         for sequence in self.sequences:
             link.submit(
-                Submit(sequence.id, sequence.prompt, sequence.params, ask.tenant, ask.priority, timeout), self._mailbox
+                Submit(
+                    sequence.id, sequence.prompt, sequence.params, ask.tenant, ask.priority, timeout, ask.stream_rate
+                ),
+                self._mailbox,
             )
 
     def __enter__(self) -> Self:
@@ -159,6 +167,12 @@ class Generation:
             sum(len(sequence.tokens) for sequence in self.sequences),
             sum(sequence.cached_tokens for sequence in firsts),
         )
+
+    def acknowledge(self, index: int, tokens: int, fastest: float) -> None:
+        """The reader has read so many tokens of one sequence. Raises RequestError when there is no such sequence."""
+        if index >= len(self.sequences):
+            raise RequestError(f"there is no answer {index}; this request has {len(self.sequences)}", field="index")
+        self._link.acknowledge(self.sequences[index].id, tokens, fastest)
 
     def abort(self, error: BaseException) -> None:
         """Stop everything now; the reader gets `error`."""
@@ -260,6 +274,7 @@ class Generation:
             token_times=sequence.times,
             finish_reason=sequence.finish_reason or ("error" if isinstance(error, EngineDead) else "cancelled"),
             params=sequence.params,
+            stream_rate=self.ask.stream_rate,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from kvarn.serving.batch import TokenLogprobs
+from kvarn.serving.reader import DEFAULT_RATE
 from kvarn.serving.sampling.params import SamplingParams
 
 # ---- API -> engine ---------------------------------------------------------------------------------------
@@ -22,17 +23,27 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     priority: int = 0
     timeout: float = float("inf")
     """Seconds from arrival after which the engine gives the request up."""
+    stream_rate: float = DEFAULT_RATE
+    """Tokens a second that its reader takes."""
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True):
     id: str
 
 
+class Acknowledge(msgspec.Struct, tag="acknowledge", array_like=True):
+    """The reader of a request has read this many of its tokens; `fastest` is the rate he may be believed."""
+
+    id: str
+    tokens: int
+    fastest: float
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
 
 
-ToEngine = Submit | Cancel | Shutdown
+ToEngine = Submit | Cancel | Acknowledge | Shutdown
 
 # ---- engine -> API ---------------------------------------------------------------------------------------
 

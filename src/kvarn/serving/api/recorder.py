@@ -43,6 +43,8 @@ class FinishedSequence:
     """Seconds since arrival."""
     finish_reason: str
     params: SamplingParams
+    stream_rate: float
+    """Tokens a second that its reader took, as far as he was believed."""
 
 
 class Recorder:
@@ -101,6 +103,7 @@ class Recorder:
             "block_hashes": [value.hex() for value in hashes],
             "token_times": [round(seconds, 6) for seconds in sequence.token_times],
             "finish_reason": sequence.finish_reason,
+            "stream_rate": sequence.stream_rate,
             "params": msgspec.to_builtins(sequence.params, str_keys=True),
         }
         if not self._content:

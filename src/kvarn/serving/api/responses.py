@@ -62,7 +62,9 @@ class Responses:
             logprobs=-1 if body.top_logprobs is None else body.top_logprobs,
             grammar=plan.grammar(service.text) or text_grammar(body.text.format if body.text else None),
         )
-        generation = service.generate(new_id("resp_"), Ask("responses", [prompt], params, tenant=tenant), link, arrival)
+        rate = service.stream_rate(request, body.stream_rate, tenant)
+        ask = Ask("responses", [prompt], params, tenant=tenant, stream_rate=rate)
+        generation = service.generate(new_id("resp_"), ask, link, arrival, streams=bool(body.stream))
         answer = _Answer(service, generation, plan, body)
         if body.stream:
             return EventStream(generation, answer.stream(), answer.error_event)

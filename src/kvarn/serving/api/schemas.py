@@ -22,6 +22,8 @@ Token = Annotated[int, Field(ge=0, le=_INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 JsonObject = dict[str, Any]
+StreamRate = Annotated[float, Field(ge=0.1, le=10_000)]
+STREAM_RATE = "extension; tokens per second that the reader takes (also: header X-Stream-Rate)"
 
 
 class Body(BaseModel):
@@ -60,6 +62,7 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool | None = Field(None, description="extension")
     skip_special_tokens: bool | None = Field(None, description="extension; default true")
     priority: int | None = Field(None, ge=-_INT32, le=_INT32, description="extension; lower runs first")
+    stream_rate: StreamRate | None = Field(None, description=STREAM_RATE)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -182,6 +185,13 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
+class ReadRequest(Body):
+    """How far a stream's reader is."""
+
+    tokens: int = Field(ge=0, le=_INT32, description="tokens of the answer read so far")
+    index: int = Field(0, ge=0, le=MAX_N * MAX_PROMPTS, description="which of the request's answers")
+
+
 # ---- /v1/responses ---------------------------------------------------------------------------------------
 
 
@@ -238,6 +248,7 @@ class ResponsesRequest(Body):
     background: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    stream_rate: StreamRate | None = Field(None, description=STREAM_RATE)
     store: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

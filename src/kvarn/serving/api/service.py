@@ -46,9 +46,9 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self._recorder = recorder
-        self._keys = ApiKeys(config.api_keys)
+        self._keys = ApiKeys(config.api_keys, config.stream_rate_limits)
         self._admission = Admission(config)
-        self._generations: set[Generation] = set()
+        self._generations: dict[str, Generation] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -59,6 +59,32 @@ class Service:
     def tenant(self, request: Request) -> str:
         """Whose request this is. Raises RequestError (401)."""
         return self._keys.tenant(request.headers.get("authorization"))
+
+    def stream_rate(self, request: Request, asked: float | None, tenant: str) -> float:
+        """Tokens a second that a request's reader takes, as far as he is believed. Raises RequestError."""
+        if asked is None and (header := request.headers.get("x-stream-rate")) is not None:
+            try:
+                asked = float(header)
+            except ValueError:
+                asked = float("nan")
+            if not 0.1 <= asked <= 10_000:
+                raise RequestError(
+                    f"the header X-Stream-Rate is {header[:40]!r}; expected tokens per second, 0.1 to 10000",
+                    field="stream_rate",
+                )
+        rate = self.config.default_stream_rate if asked is None else asked
+        return min(rate, self.fastest_reader(tenant))
+
+    def fastest_reader(self, tenant: str) -> float:
+        """Tokens a second that a tenant's readers are believed to take at most."""
+        return self._keys.fastest(tenant, self.config.max_stream_rate)
+
+    def find(self, id: str, tenant: str) -> Generation:
+        """A running generation of this tenant. Raises RequestError (404)."""
+        generation = self._generations.get(id)
+        if generation is None or generation.ask.tenant != tenant:
+            raise RequestError(f"no answer {id[:80]!r} is being made here", code="not_found", status=404)
+        return generation
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) unless `name` is the served model; no name means that one."""
@@ -78,8 +104,11 @@ class Service:
         assert link.ready is not None
         return link, link.ready
 
-    def generate(self, id: str, ask: Ask, link: EngineLink, arrival: float) -> Generation:
-        """Admit and start; `arrival` is on `time.monotonic`. Raises RequestError, Overloaded or Unavailable."""
+    def generate(self, id: str, ask: Ask, link: EngineLink, arrival: float, *, streams: bool = False) -> Generation:
+        """Admit and start; `arrival` is on `time.monotonic`. Raises RequestError, Overloaded or Unavailable.
+
+        What `streams` is sent as it is read where the server paces.
+        """
         assert link.ready is not None
         ask.params.validate(link.ready.vocab_size)
         for prompt in ask.prompts:
@@ -103,8 +132,9 @@ class Service:
             self._forget,
             arrival=arrival,
             timeout=self.config.request_timeout,
+            pace=self.config.pace and streams,
         )
-        self._generations.add(generation)
+        self._generations[id] = generation
         self._idle.clear()
         return generation
 
@@ -114,7 +144,7 @@ class Service:
             self._recorder.record(sequence)
 
     def _forget(self, generation: Generation) -> None:
-        self._generations.discard(generation)
+        self._generations.pop(generation.id, None)
         if not self._generations:
             self._idle.set()
 
@@ -128,7 +158,7 @@ class Service:
             self.abort_all()
 
     def abort_all(self) -> None:
-        for generation in list(self._generations):
+        for generation in list(self._generations.values()):
             generation.abort(Unavailable("the server is shutting down; send the request again", retry_after=5))
 
 

@@ -38,7 +38,14 @@ def sampling_params(
     )
 
 
-def ask_of(body: SamplingFields, endpoint: str, prompts: list[list[int]], params: SamplingParams, tenant: str) -> Ask:
+def ask_of(
+    body: SamplingFields,
+    endpoint: str,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    tenant: str,
+    stream_rate: float,
+) -> Ask:
     """What a chat or plain completion wants from the engine, for prompts that are already tokens."""
     return Ask(
         endpoint,
@@ -50,6 +57,7 @@ def ask_of(body: SamplingFields, endpoint: str, prompts: list[list[int]], params
         show_special=body.skip_special_tokens is False,
         priority=body.priority or 0,
         tenant=tenant,
+        stream_rate=stream_rate,
     )
 
 
