@@ -29,7 +29,9 @@ from kvarn.bench.offline import Workload, measure
 
 PRECISIONS = {"kvarn-bf16": "bfloat16", "kvarn-int8": "int8", "kvarn-int4": "int4"}
 GEMM_SHAPES = ((2048, 2048, 2048), (1024, 4096, 1024), (512, 4096, 2048))
-READ_BYTES = 512 * 2**20
+READ_BYTES = 256 * 2**20
+LOOKS = 3
+"""How often each limit is looked at, before and after every run; the best counts."""
 
 
 def best_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -70,7 +72,7 @@ def run_session(name: str, workload: Workload, arguments: argparse.Namespace) ->
 
     def look_at_machine() -> None:
         machine.wait_until_quiet(arguments.patience)
-        seen.append(machine_limits(arguments.threads, arguments.repeats))
+        seen.append(machine_limits(arguments.threads, LOOKS))
 
     with EngineProcess(f"limits-{name}", CONTENDERS[name], arguments.threads, arguments.limit) as engine:
         session = engine.load()
@@ -89,7 +91,7 @@ def run_session(name: str, workload: Workload, arguments: argparse.Namespace) ->
 
 
 def main() -> None:
-    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=7, limit=240.0))
+    arguments = settings.parse(settings.side_by_side(__doc__, rounds=1, repeats=7, limit=400.0))
     workload = Workload(batches=(1,), input_tokens=32, output_tokens=128, repeats=arguments.repeats)
     if arguments.quick:
         workload = Workload(batches=(1,), input_tokens=32, output_tokens=8, prefills=(128,), repeats=1)
