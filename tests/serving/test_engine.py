@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from kvarn.errors import RequestError
 from kvarn.serving.batch import Batch, SampledToken
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Decision, Snapshot
 from kvarn.serving.request import FinishReason
 
 from .paged_text import EOS, continuation, make_engine, make_request, next_token, run
@@ -195,3 +197,24 @@ def test_impossible_requests_are_refused_and_leave_nothing(prompt, max_tokens, f
         engine.add(make_request("bad", prompt, max_tokens))
     assert caught.value.field == field
     assert not engine.has_work and engine.executor.alive == set()
+
+
+class _Sleepy:
+    """Grants nothing before its hour."""
+
+    def __init__(self, hour: float) -> None:
+        self.hour = hour
+        self.usual = FirstComeFirstServed()
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        return Decision(wake_at=self.hour) if now < self.hour else self.usual.decide(snapshot, now)
+
+
+def test_the_engine_says_how_long_it_may_rest():
+    engine = make_engine(policy=_Sleepy(10.0))
+    engine.add(make_request("a", [1, 2, 3], 2))
+    assert engine.step() == [] and 0 < engine.rest_seconds() <= 0.1
+    engine.clock.advance(9.95)
+    assert engine.rest_seconds() == pytest.approx(0.05)
+    engine.clock.advance(0.05)
+    assert engine.step() and engine.rest_seconds() == 0

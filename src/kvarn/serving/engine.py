@@ -29,6 +29,8 @@ from kvarn.serving.speculation import Speculator
 _log = logging.getLogger(__name__)
 
 _ALL = 2**31
+_LONGEST_REST = 0.1
+"""Seconds to rest at most: what else may change, such as deadlines, is looked at in between."""
 _COPY_WAIT = 0.01
 """Seconds to wait for a copy at most when there is nothing to compute: messages are handled in between."""
 
@@ -101,11 +103,16 @@ class Engine:
         self._books = None if tiers is None else TierBooks(tiers, self._requests)
         self._deadlines: list[tuple[float, str]] = []
         self._ended: list[Emission] = []
+        self._rests = False
         self._check = os.environ.get("KVARN_CHECK") == "1"
 
     @property
     def has_work(self) -> bool:
         return bool(self._requests or self._ended)
+
+    def rest_seconds(self) -> float:
+        """How long nothing need be done unless somebody comes: when all requests pause, until the policy wakes them."""
+        return max(0.0, min(self.wake_at - self.clock.now(), _LONGEST_REST)) if self._rests else 0.0
 
     def add(self, request: Request) -> None:
         """Take over a request. RequestError, and nothing kept, when it can never be served."""
@@ -150,6 +157,7 @@ class Engine:
             else:  # all that there is to do hangs on copies
                 self.tiers.wait(_COPY_WAIT)
         emissions, self._ended = self._ended, []
+        self._rests = not (batch.rows or emissions)
         self.counters.steps += 1
         self.counters.step_seconds += perf_counter() - started
         if self._check:

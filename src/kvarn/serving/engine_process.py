@@ -74,6 +74,8 @@ class EngineProcess:
             if not self._running:
                 break
             self._send(_to_outputs(self.engine.step()))
+            if rest := self.engine.rest_seconds():
+                self.inbox.poll(int(rest * 1000))
 
     def stop(self) -> None:
         self._running = False
