@@ -65,7 +65,8 @@ def test_threads_and_company_do_not_change_a_bit(tmp_path: Path, three_threads: 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("tokens", torch.tensor([5000]), "token ids"),
+        ("inputs", torch.zeros(1, 8).bfloat16(), "hidden size"),
+        ("inputs", torch.zeros(1, 64), "bfloat16"),
         ("positions", torch.tensor([256], dtype=torch.int32), "positions"),
         ("slots", torch.tensor([-1], dtype=torch.int32), "slots"),
         ("block_tables", torch.tensor([[99]], dtype=torch.int32), "block ids"),
@@ -78,9 +79,10 @@ def test_a_batch_that_does_not_fit_is_refused(field: str, value: torch.Tensor, m
     decoder, _ = both("llama", "int8", tmp_path)
     one = torch.zeros(1, dtype=torch.int32)
     batch = {
-        "tokens": torch.tensor([3]), "positions": one, "slots": one, "block_tables": one[None], "kv_slots": one + 1,
-        "query_starts": torch.tensor([0, 1], dtype=torch.int32), "logit_rows": torch.tensor([0]),
-        "pages": torch.zeros(4, 3, 2, 2, 16, 16).bfloat16(), "slot_positions": torch.zeros(4, 16, dtype=torch.int32),
+        "inputs": torch.zeros(1, decoder.spec.hidden_size).bfloat16(), "positions": one, "slots": one,
+        "block_tables": one[None], "kv_slots": one + 1, "query_starts": torch.tensor([0, 1], dtype=torch.int32),
+        "logit_rows": torch.tensor([0]), "pages": torch.zeros(4, 3, 2, 2, 16, 16).bfloat16(),
+        "slot_positions": torch.zeros(4, 16, dtype=torch.int32),
     }  # fmt: skip
     assert decoder.native is not None
     decoder.native(**batch)

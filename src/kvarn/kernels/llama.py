@@ -63,15 +63,13 @@ class NativeLlama:
         head_dim: int,
         eps: float,
         scale: float,
-        embedding: Tensor,
         cos_sin: Tensor,
         final_norm: Tensor,
         head: LinearWeights,
     ) -> None:
-        vocab, hidden = embedding.shape
         fields = [
-            len(layers), hidden, heads, kv_heads, head_dim, layers[0].down.in_features, vocab, _bits(eps), _bits(scale),
-            embedding.data_ptr(), cos_sin.data_ptr(), *cos_sin.shape, final_norm.data_ptr(), *head.fields(),
+            len(layers), head.in_features, heads, kv_heads, head_dim, layers[0].down.in_features, head.out_features,
+            _bits(eps), _bits(scale), cos_sin.data_ptr(), *cos_sin.shape, final_norm.data_ptr(), *head.fields(),
         ]  # fmt: skip
         for layer in layers:
             norms = (layer.input_norm, layer.query_norm, layer.key_norm, layer.mlp_norm)
@@ -79,14 +77,14 @@ class NativeLlama:
             for weights in (layer.qkv, layer.output, layer.gate_up, layer.down):
                 fields += weights.fields()
         self._description = torch.tensor(fields, dtype=torch.int64)
-        self._kept = (tuple(layers), embedding, cos_sin, final_norm, head)
+        self._kept = (tuple(layers), cos_sin, final_norm, head)
         self.seconds: Tensor | None = None
         """[phases] float64, to have the time of each of `PHASES` added to it."""
         self._forward = torch.ops.kvarn.llama_forward.default
 
     def __call__(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         slots: Tensor,
         block_tables: Tensor,
@@ -98,11 +96,11 @@ class NativeLlama:
     ) -> Tensor:
         """Writes keys and values into `pages` and returns logits [R, vocabulary] float32.
 
-        Arguments as in `kvarn.models.spec.ForwardBatch` and `KVMemory`, `logit_rows` rising. Raises RuntimeError for
-        what does not fit the model.
+        `inputs` [T, hidden] are the embeddings of the tokens; the rest as in `kvarn.models.spec.ForwardBatch` and
+        `KVMemory`, `logit_rows` rising. Raises RuntimeError for what does not fit the model.
         """
         return self._forward(  # type: ignore[no-any-return]
-            self._description, tokens, positions, slots, block_tables, kv_slots, query_starts, logit_rows, pages,
+            self._description, inputs, positions, slots, block_tables, kv_slots, query_starts, logit_rows, pages,
             slot_positions, self.seconds,
         )  # fmt: skip
 

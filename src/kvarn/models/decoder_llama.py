@@ -59,7 +59,7 @@ class LlamaDecoder:
         self.spec = spec
         self._eps = float(config["rms_norm_eps"])
         self._scale = spec.head_dim**-0.5
-        self._embedding = reader("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        self._embedding = reader.embedding("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         self._layers = [self._layer(reader, index, config) for index in range(spec.num_layers)]
         self._norm = reader("model.norm.weight", (spec.hidden_size,))
         name = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
@@ -70,12 +70,12 @@ class LlamaDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
+        residual = self._embedding(batch.tokens)
         if self.native is not None:
             return self.native(
-                batch.tokens, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
+                residual, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
                 batch.logit_rows, kv.pages, kv.slot_positions,
             )  # fmt: skip
-        residual = self._embedding[batch.tokens]
         hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -124,8 +124,7 @@ class LlamaDecoder:
         spec = self.spec
         return NativeLlama(
             layers, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, eps=self._eps,
-            scale=self._scale, embedding=self._embedding, cos_sin=self._cos_sin, final_norm=self._norm,
-            head=self._head.native(),
+            scale=self._scale, cos_sin=self._cos_sin, final_norm=self._norm, head=self._head.native(),
         )  # fmt: skip
 
     def _layer(self, read: LinearReader, index: int, config: dict[str, Any]) -> _Layer:

@@ -22,6 +22,7 @@ from kvarn.kernels import ops
 from kvarn.kernels.llama import LinearWeights
 from kvarn.kernels.quantized import Int4Weight, pack_int4, pack_int8, quantize_int4
 from kvarn.models.arena import Arena
+from kvarn.models.embedding import Embedding
 from kvarn.models.gguf_blocks import Int4Blocks
 from kvarn.models.precision import Precision, compute_dtype
 from kvarn.models.weights import Weights
@@ -120,6 +121,12 @@ class LinearReader:
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor in the dtype of activations. Raises ModelError when it is missing or not of `shape`."""
         return self.weights.get(name, shape).to(self.device, compute_dtype(self.precision))
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        """A matrix of which single rows will be asked for. Raises ModelError as reading a tensor does."""
+        dtype = compute_dtype(self.precision)
+        on_host = self.device.type == "cpu"
+        return Embedding(self.weights.mapped(name, shape) if on_host else self(name, shape), dtype)
 
     def linear(self, parts: list[tuple[str, int]], width: int) -> PackedLinear:
         """One layer out of several with the same input, stacked in order: `parts` gives each one's name and rows."""

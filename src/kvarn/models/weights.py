@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvarn.errors import ModelError
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -55,6 +56,23 @@ class Weights:
                 "the files do not belong together"
             )
         return tensor
+
+    def mapped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The same without reading it: what is touched of it comes from the file, as long as that is not changed."""
+        path = self._where.get(name)
+        dtype = None if path is None else _DTYPES.get(self._files[path].get_slice(name).get_dtype())
+        if path is None or dtype is None:
+            return self.get(name, shape)  # which says what is wrong, or reads an unusual format
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(header))[name]["data_offsets"]
+        start = 8 + header
+        told = tuple(self._files[path].get_slice(name).get_shape())
+        if (start + begin) % dtype.itemsize or told != shape:
+            return self.get(name, shape)
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return whole[start + begin : start + end].view(dtype).view(shape)
 
     def _paths(self) -> list[Path]:
         index = self.folder / _INDEX

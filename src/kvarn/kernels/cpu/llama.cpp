@@ -78,8 +78,7 @@ class Forward {
         plan_(plan_attention(batch.attention, batch.query_starts, batch.kv_slots, batch.sequences, team.size())) {}
 
   void run() {
-    for (int64_t row = 0; row < rows_; ++row)
-      copy_row(buffers_.residual, row, static_cast<const Half*>(model_.embedding), batch_.tokens[row], model_.hidden);
+    std::memcpy(buffers_.residual, batch_.inputs, rows_ * model_.hidden * sizeof(Half));
     norm(model_.layer[0].input_norm, nullptr, model_.layer[0].qkv);
     for (int64_t i = 0; i < model_.layers; ++i) {
       const LlamaLayer& layer = model_.layer[i];

@@ -28,8 +28,7 @@ struct LlamaLayer {
 struct LlamaModel {
   int64_t layers, hidden, heads, kv_heads, head_dim, middle, vocab;
   double eps, scale;
-  const void* embedding;  // [vocab, hidden] bfloat16
-  const float* cos_sin;   // [positions, rotary]
+  const float* cos_sin;  // [positions, rotary]
   int64_t positions, rotary;
   const void* final_norm;
   LinearWeights head;
@@ -42,7 +41,7 @@ enum class Phase { qkv, rope, attention, output, gate_up, down, head, norm, acti
 // T rows of S sequences, R of which want logits; see ops.py.
 struct LlamaBatch {
   int64_t rows, sequences, logit_count;
-  const int64_t* tokens;     // [T]
+  const void* inputs;        // [T, hidden] bfloat16
   const int64_t* logit_rows; // [R], rising
   const int32_t *query_starts, *kv_slots;
   // What all layers' attention and cache writes have in common; the fields of one layer are filled in on the way.

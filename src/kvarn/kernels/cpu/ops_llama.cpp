@@ -12,7 +12,7 @@
 namespace kvarn {
 namespace {
 
-static_assert(sizeof(LinearWeights) == 6 * 8 && sizeof(LlamaLayer) == (5 + 4 * 6) * 8 && sizeof(LlamaModel) == 20 * 8,
+static_assert(sizeof(LinearWeights) == 6 * 8 && sizeof(LlamaLayer) == (5 + 4 * 6) * 8 && sizeof(LlamaModel) == 19 * 8,
               "kernels/llama.py writes eight bytes a field");
 
 template <class T>
@@ -23,11 +23,11 @@ void expect_range(const View& view, int64_t end, const char* what) {
       view.fail(std::string(what) + " in [0, " + std::to_string(end) + "), got " + std::to_string(values[i]));
 }
 
-Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Tensor& positions_, const Tensor& slots_,
+Tensor llama_forward(const Tensor& description_, const Tensor& inputs_, const Tensor& positions_, const Tensor& slots_,
                      const Tensor& block_tables_, const Tensor& kv_slots_, const Tensor& query_starts_,
                      const Tensor& logit_rows_, const Tensor& pages_, const Tensor& slot_positions_,
                      const std::optional<Tensor>& seconds_) {
-  View description("description", description_), tokens("tokens", tokens_), positions("positions", positions_);
+  View description("description", description_), inputs("inputs", inputs_), positions("positions", positions_);
   View slots("slots", slots_), block_tables("block_tables", block_tables_), kv_slots("kv_slots", kv_slots_);
   View query_starts("query_starts", query_starts_), logit_rows("logit_rows", logit_rows_), pages("pages", pages_);
   View slot_positions("slot_positions", slot_positions_);
@@ -35,7 +35,7 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
   description.expect_dtype(aoti_torch_dtype_int64(), "int64");
   const LlamaModel& model = *description.as<const LlamaModel>();
 
-  const int64_t rows = tokens.size(0);
+  const int64_t rows = inputs.size(0);
   pages.expect_contiguous_tail(pages.dims - 1);
   slot_positions.expect_int32(2, "[N, B]");
   const int64_t blocks = slot_positions.size(0), block_size = slot_positions.size(1);
@@ -46,19 +46,20 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
   pages.expect_size(1, model.layers, "the model's layers");
   pages.expect_size(3, model.kv_heads, "the model's kv heads");
   pages.expect_size(-1, is_int8 ? block_size * (model.head_dim + 4) : model.head_dim, "the model's head dimension");
-  tokens.expect_dims(1, "[T]");
-  tokens.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  inputs.expect_dims(2, "[T, hidden]");
+  inputs.expect_dtype(aoti_torch_dtype_bfloat16(), "bfloat16");
+  inputs.expect_size(1, model.hidden, "the model's hidden size");
+  inputs.expect_contiguous_tail(2);
   logit_rows.expect_dtype(aoti_torch_dtype_int64(), "int64");
   positions.expect_int32(1, "[T]");
   slots.expect_int32(1, "[T]");
-  positions.expect_size(0, rows, "tokens");
-  slots.expect_size(0, rows, "tokens");
+  positions.expect_size(0, rows, "inputs");
+  slots.expect_size(0, rows, "inputs");
   block_tables.expect_int32(2, "[S, M]");
   kv_slots.expect_int32(1, "[S]");
   query_starts.expect_int32(1, "[S + 1]");
   kv_slots.expect_size(0, block_tables.size(0), "block_tables' sequences");
   query_starts.expect_size(0, block_tables.size(0) + 1, "block_tables' sequences plus one");
-  expect_range<int64_t>(tokens, model.vocab, "token ids");
   expect_range<int32_t>(positions, model.positions, "positions");
   expect_range<int32_t>(slots, blocks * block_size, "slots");
   expect_range<int64_t>(logit_rows, rows, "rows");
@@ -69,7 +70,7 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
   batch.rows = rows;
   batch.sequences = kv_slots.size(0);
   batch.logit_count = logit_rows.size(0);
-  batch.tokens = tokens.as<int64_t>();
+  batch.inputs = inputs.data;
   batch.logit_rows = logit_rows.as<int64_t>();
   batch.query_starts = query_starts.as<int32_t>();
   batch.kv_slots = kv_slots.as<int32_t>();
@@ -121,7 +122,7 @@ Tensor llama_forward(const Tensor& description_, const Tensor& tokens_, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kvarn, library) {
   library.def(
-      "llama_forward(Tensor description, Tensor tokens, Tensor positions, Tensor slots, Tensor block_tables, "
+      "llama_forward(Tensor description, Tensor inputs, Tensor positions, Tensor slots, Tensor block_tables, "
       "Tensor kv_slots, Tensor query_starts, Tensor logit_rows, Tensor(a!) pages, Tensor slot_positions, "
       "Tensor(b!)? seconds) -> Tensor");
 }
