@@ -17,6 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes says something of the machine and its other guests, nothing of the code.
+settings.register_profile("kvarn", deadline=None)
+settings.load_profile("kvarn")
 
 # Triton decides when it is imported. Without a GPU its interpreter runs the CUDA kernels on CPU tensors.
 if not torch.cuda.is_available():
