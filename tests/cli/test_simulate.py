@@ -78,8 +78,18 @@ def test_replays_what_a_server_recorded(tmp_path: Path) -> None:
         prompt = [7] * 64 + [i] * 10  # the first four blocks are shared
         recorder.record(
             FinishedSequence(
-                f"r{i}", 1000.0 + i, float(i), "", prompt, [1] * (5 + i), 0, [0.1] * (5 + i), "length", SamplingParams()
-            )
+                f"r{i}",
+                1000.0 + i,
+                float(i),
+                "",
+                prompt,
+                [1] * (5 + i),
+                0,
+                [0.1] * (5 + i),
+                "length",
+                SamplingParams(),
+                20.0,
+            )  # fmt: skip
         )
     recorder.close()
     report = json.loads(simulate("--trace", str(trace), "--json").stdout)
