@@ -89,7 +89,7 @@ def test_replays_what_a_server_recorded(tmp_path: Path) -> None:
                 "length",
                 SamplingParams(),
                 20.0,
-            )  # fmt: skip
+            )
         )
     recorder.close()
     report = json.loads(simulate("--trace", str(trace), "--json").stdout)
