@@ -58,6 +58,12 @@ class KVMemory:
         """[num_blocks, 2, num_kv_heads, ...], a view: what kernels/ops.py calls `kv`."""
         return self.pages[:, index]
 
+    def place(self, blocks: list[int], starts: list[int]) -> None:
+        """Blocks have got content from elsewhere: block `blocks[i]` holds the tokens from position `starts[i]` on."""
+        positions = self.slot_positions
+        rows = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(positions.shape[1], dtype=torch.int32)
+        positions[torch.tensor(blocks, device=positions.device)] = rows.to(positions.device)
+
 
 @dataclass(slots=True)
 class ForwardBatch:

@@ -60,16 +60,16 @@ class Weights:
     def mapped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The same without reading it: what is touched of it comes from the file, as long as that is not changed."""
         path = self._where.get(name)
-        dtype = None if path is None else _DTYPES.get(self._files[path].get_slice(name).get_dtype())
-        if path is None or dtype is None:
+        told: Any = None if path is None else self._files[path].get_slice(name)
+        dtype = None if told is None else _DTYPES.get(told.get_dtype())
+        if path is None or dtype is None or tuple(told.get_shape()) != shape:
             return self.get(name, shape)  # which says what is wrong, or reads an unusual format
         size = path.stat().st_size
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             begin, end = json.loads(file.read(header))[name]["data_offsets"]
         start = 8 + header
-        told = tuple(self._files[path].get_slice(name).get_shape())
-        if (start + begin) % dtype.itemsize or told != shape:
+        if (start + begin) % dtype.itemsize:
             return self.get(name, shape)
         whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         return whole[start + begin : start + end].view(dtype).view(shape)

@@ -153,7 +153,8 @@ class Engine:
         self._advance(batch, sampled)
         if self.tiers is not None:
             if batch.rows:
-                self.tiers.write_ahead(self.running, self.clock.now(), self.clock.now() - now)
+                ended = self.clock.now()
+                self.tiers.write_ahead(self.running, ended, ended - now)
             else:  # all that there is to do hangs on copies
                 self.tiers.wait(_COPY_WAIT)
         emissions, self._ended = self._ended, []

@@ -17,6 +17,8 @@ from math import ceil
 
 DEFAULT_RATE = 20.0
 """Tokens a second: faster than people read aloud, about as fast as they skim."""
+SLOWEST, FASTEST = 0.1, 10_000.0
+"""Rates that a reader may have, in tokens per second."""
 _SHORTEST_MEASURE = 0.5
 """Seconds between two acknowledgements that tell a rate."""
 _TICK = 1e-6

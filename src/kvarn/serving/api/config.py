@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvarn.errors import KvarnError
 from kvarn.serving.config import EngineConfig
-from kvarn.serving.reader import DEFAULT_RATE
+from kvarn.serving.reader import DEFAULT_RATE, FASTEST, SLOWEST
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class ServerConfig:
                 "the highest stream rate of an API key": max(self.stream_rate_limits.values()),
             }
         for name, rate in rates.items():
-            if not 0.1 <= rate <= 10_000:
-                raise KvarnError(f"{name} is {rate}; expected 0.1 to 10,000 tokens per second")
+            if not SLOWEST <= rate <= FASTEST:
+                raise KvarnError(f"{name} is {rate}; expected {SLOWEST:g} to {FASTEST:,.0f} tokens per second")
         for name in ("restart_wait", "drain_seconds"):
             if not getattr(self, name) >= 0:
                 raise KvarnError(f"{name} is {getattr(self, name)}; expected 0 seconds or more")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvarn.serving.reader import FASTEST, SLOWEST
 from kvarn.serving.sampling.params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 MAX_N = 128
@@ -22,7 +23,7 @@ Token = Annotated[int, Field(ge=0, le=_INT32)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 JsonObject = dict[str, Any]
-StreamRate = Annotated[float, Field(ge=0.1, le=10_000)]
+StreamRate = Annotated[float, Field(ge=SLOWEST, le=FASTEST)]
 STREAM_RATE = "extension; tokens per second that the reader takes (also: header X-Stream-Rate)"
 
 

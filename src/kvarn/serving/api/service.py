@@ -26,6 +26,7 @@ from kvarn.serving.api.metrics import Metrics
 from kvarn.serving.api.recorder import FinishedSequence, Recorder
 from kvarn.serving.api.supervisor import EngineSupervisor
 from kvarn.serving.api.text import ModelText
+from kvarn.serving.reader import FASTEST, SLOWEST
 
 
 class Service:
@@ -67,9 +68,10 @@ class Service:
                 asked = float(header)
             except ValueError:
                 asked = float("nan")
-            if not 0.1 <= asked <= 10_000:
+            if not SLOWEST <= asked <= FASTEST:
                 raise RequestError(
-                    f"the header X-Stream-Rate is {header[:40]!r}; expected tokens per second, 0.1 to 10000",
+                    f"the header X-Stream-Rate is {header[:40]!r}; expected tokens per second, "
+                    f"{SLOWEST:g} to {FASTEST:.0f}",
                     field="stream_rate",
                 )
         rate = self.config.default_stream_rate if asked is None else asked

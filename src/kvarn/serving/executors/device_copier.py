@@ -73,7 +73,7 @@ class DeviceCopier:
                 copy = copies.popleft()
                 copy.job.seconds = copy.started.elapsed_time(copy.ended) / 1e3
                 if direction is Direction.TO_DEVICE:
-                    self._write_positions(copy.job)
+                    self._kv.place(copy.job.blocks, copy.job.starts)  # on the compute stream, which reads them next
                 ended.append(copy.job)
         return ended
 
@@ -92,13 +92,6 @@ class DeviceCopier:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
-
-    def _write_positions(self, job: CopyJob) -> None:
-        """On the compute stream, whose next step reads them."""
-        positions = self._kv.slot_positions
-        starts = torch.tensor(job.starts, dtype=torch.int32)
-        rows = starts[:, None] + torch.arange(positions.shape[1], dtype=torch.int32)
-        positions[torch.tensor(job.blocks, device=positions.device)] = rows.to(positions.device)
 
 
 class PinnedSlab:

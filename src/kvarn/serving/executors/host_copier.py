@@ -24,7 +24,7 @@ class HostCopier:
 
     def __init__(self, kv: KVMemory, num_slots: int) -> None:
         """CapacityError when the slab cannot be had."""
-        self._positions = kv.slot_positions
+        self._kv = kv
         self._block_bytes = kv.pages[0].nbytes
         try:
             self._slab = host_pages((num_slots, self._block_bytes), torch.uint8)
@@ -33,7 +33,6 @@ class HostCopier:
             raise CapacityError(
                 f"cannot allocate {wanted:.0f} MiB for KV on the host: lower --host-memory ({error})"
             ) from error
-        self._pages = kv.pages
         self._jobs: queue.SimpleQueue[CopyJob | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[CopyJob] = queue.SimpleQueue()
         self._news = threading.Event()
@@ -49,9 +48,7 @@ class HostCopier:
         while not self._ended.empty():
             job = self._ended.get()
             if job.direction is Direction.TO_DEVICE and job.error is None:
-                offsets = torch.arange(self._positions.shape[1], dtype=torch.int32)
-                starts = torch.tensor(job.starts, dtype=torch.int32)
-                self._positions[torch.tensor(job.blocks)] = starts[:, None] + offsets
+                self._kv.place(job.blocks, job.starts)
             ended.append(job)
         return ended
 
@@ -80,7 +77,7 @@ class HostCopier:
             self._news.set()
 
     def _copy(self, job: CopyJob) -> None:
-        size, pages, slab = self._block_bytes, self._pages.data_ptr(), self._slab.data_ptr()
+        size, pages, slab = self._block_bytes, self._kv.pages.data_ptr(), self._slab.data_ptr()
         for block, slot in zip(job.blocks, job.slots, strict=True):
             device, host = pages + block * size, slab + slot * size
             to, source = (host, device) if job.direction is Direction.TO_HOST else (device, host)

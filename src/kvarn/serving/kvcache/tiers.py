@@ -145,17 +145,10 @@ class Tiers:
                 return
             room -= self.mirror(request, room)
 
-    def give_up_mirrors(self, request: Request, count: int) -> int:
-        """Let go of the last `count` host blocks of a request, to make room; how many may be evicted now for it."""
-        mirrors = self._mirrors.get(request.id, [])
-        before = self.host.num_available
-        for _ in range(min(count, len(mirrors))):
-            self.host.unpin(mirrors.pop())
-        return self.host.num_available - before
-
     def loadable_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that device and host hold together."""
-        return self._loadable_blocks(request) * self.cache.block_size
+        hit = self.cache.lookup(request).tokens // self.cache.block_size
+        return (hit + len(self._host_match(request, hit))) * self.cache.block_size
 
     def load(self, request: Request) -> bool:
         """Start bringing a waiting request's blocks back from the host, on top of what the device still holds.
@@ -246,10 +239,6 @@ class Tiers:
                         self.host.unpin(other)
                     del mirrors[i:]
                     break
-
-    def _loadable_blocks(self, request: Request) -> int:
-        hit = self.cache.lookup(request).tokens // self.cache.block_size
-        return hit + len(self._host_match(request, hit))
 
     def _host_match(self, request: Request, first: int) -> list[HostEntry]:
         if request.id in self._barred:
