@@ -115,7 +115,9 @@ def balance(
     admitted, wanted = _newcomers(snapshot, newcomers, table, room, places, estimates, settings)
     chosen = _choose(table, room - wanted, places - len(admitted), settings)
     count = table.num_residents
-    victims = [i for i in np.argsort(-table.gain[:count], kind="stable").tolist() if not chosen[i]]
+    # Nobody who is short of tokens, or has just come, gives way before somebody who is neither.
+    staying = table.settling[:count] | (table.slack[:count] < table.critical)
+    victims = [i for i in np.lexsort((-table.gain[:count], ~staying)).tolist() if not chosen[i]]
     back = [i for i in np.argsort(-table.gain, kind="stable").tolist() if i >= count and chosen[i]]
     starving = [table.requests[i] for i in back if table.starving[i]]
     others = [table.requests[i] for i in back if not table.starving[i]]
