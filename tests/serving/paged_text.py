@@ -6,8 +6,10 @@ overwritten block changes the text; `continuation` says what the text must be.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from kvarn.serving.clock import VirtualClock
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import CopyJob, Direction
+from kvarn.serving.kvcache.disk import DiskIndex, DiskJob, DiskTier, perform
+from kvarn.serving.kvcache.disk_file import DiskFile
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
@@ -131,18 +135,83 @@ class TextCopier:
         self.ended.append(job)
 
 
+class StepwiseDisk:
+    """Works on a real file, when told to: `complete` ends the oldest job, reads first.
+
+    When `spoils()`, a record of the job is damaged before; when `fails()`, the system refuses.
+    """
+
+    def __init__(self, file: DiskFile) -> None:
+        self.file = file
+        self.queue: list[DiskJob] = []
+        self.ended: list[DiskJob] = []
+        self.closed = False
+        self.spoils = self.fails = lambda: False
+
+    def start(self, job: DiskJob) -> None:
+        self.queue.append(job)
+
+    def finished(self) -> list[DiskJob]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def wait(self, seconds: float) -> None:
+        self.complete()
+
+    def complete(self) -> None:
+        if not self.queue:
+            return
+        job = min(self.queue, key=lambda job: job.writes)
+        self.queue.remove(job)
+        if self.spoils():
+            entry = job.entries[len(job.entries) // 2]
+            os.pwrite(self.file._blocks, b"rubbish", entry.record * self.file._stride)
+        if self.fails():
+            job.error = "made to fail"
+        else:
+            perform(self.file, job)
+        self.ended.append(job)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.file.close()
+        self.closed = True
+
+
+BLOCK_SIZE = 4
+BLOCK_BYTES = BLOCK_SIZE * 4
+
+
+def make_tiers(
+    executor: PagedTextExecutor, cache: KVCache, host_slots: int, folder: Path | None, disk_records: int
+) -> Tiers:
+    """Tiers under a TextCopier, and with a `folder` under a StepwiseDisk."""
+    copier, disk = TextCopier(executor, host_slots), None
+    if folder is not None:
+        limit = 4096 + disk_records * (4096 + 128)
+        file = DiskFile(folder, "text", content_bytes=BLOCK_BYTES, tokens_bytes=BLOCK_BYTES, limit_bytes=limit)
+        assert file.num_records == disk_records
+        disk = DiskTier(DiskIndex(disk_records, file.scan()), StepwiseDisk(file), copier.slot, BLOCK_BYTES)
+    return Tiers(cache, host_slots, copier, block_bytes=BLOCK_BYTES, disk=disk)
+
+
 def make_engine(
     *,
     num_blocks: int = 64,
-    block_size: int = 4,
+    block_size: int = BLOCK_SIZE,
     token_budget: int = 16,
     max_running: int = 8,
     share: bool = True,
     policy: Policy | None = None,
     host_slots: int = 0,
     step: float | None = None,
+    folder: Path | None = None,
+    disk_records: int = 0,
 ) -> Engine:
-    """With `host_slots`, an engine with a second tier that a TextCopier copies to. `step`: seconds that steps take."""
+    """With `host_slots`, an engine with a second tier; with a `folder`, a third of `disk_records` there.
+
+    `step`: seconds that steps take.
+    """
     clock = VirtualClock()
     seconds = step if step is not None else 0.25 if host_slots else 0.0
     executor = PagedTextExecutor(num_blocks, block_size, lambda: clock.advance(seconds))
@@ -156,7 +225,7 @@ def make_engine(
         max_running=max_running,
         max_context=10_000,
         vocab_size=VOCAB,
-        tiers=Tiers(cache, host_slots, TextCopier(executor, host_slots)) if host_slots else None,
+        tiers=make_tiers(executor, cache, host_slots, folder, disk_records) if host_slots else None,
     )
     engine._check = True
     return engine

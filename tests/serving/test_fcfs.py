@@ -49,7 +49,7 @@ class Host:
     def loadable_tokens(self, id: str) -> int:
         return self.tokens
 
-    def read_seconds(self, blocks: int) -> float:
+    def load_seconds(self, id: str, blocks: int) -> float:
         return self.seconds
 
 

@@ -189,6 +189,9 @@ class HostView:
     def read_seconds(self, blocks: int) -> float:
         return blocks * 1e-4
 
+    def load_seconds(self, id: str, blocks: int) -> float:
+        return blocks * 1e-4
+
 
 def _reader(slack: float, rate: float, now: float) -> Reader:
     reader = Reader(rate)

@@ -1,8 +1,10 @@
-"""Two tiers under an executor that notices any wrong block, whatever is preempted, copied, lost or cancelled when."""
+"""Three tiers under an executor that notices any wrong block, whatever is preempted, copied, lost or cancelled when."""
 
 from __future__ import annotations
 
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -74,22 +76,38 @@ class Dropped:
 @settings(max_examples=80, deadline=None)
 @given(
     PROMPTS,
-    st.integers(16, 40),
-    st.integers(1, 40),
+    st.one_of(st.just(16), st.integers(16, 40)),
+    st.one_of(st.integers(4, 8), st.integers(1, 40)),
     st.floats(0, 0.6),
     st.floats(0, 0.3),
     st.booleans(),
     st.sampled_from([1e-6, 0.5]),
+    st.one_of(st.none(), st.integers(1, 60)),
+    st.sampled_from([0.0, 0.3, 0.03]),
     st.integers(0),
 )
 def test_text_is_right_whatever_is_moved_lost_or_cancelled(
-    prompts, num_blocks, slots, often, failing, share, copy_seconds, seed
+    prompts, num_blocks, slots, often, failing, share, copy_seconds, records, disk_failing, seed
 ):
     """Law: tiers of any size, copies of any speed and failures never change a text, lose a block or stop the engine."""
-    rng = random.Random(seed)
-    engine = make_engine(num_blocks=num_blocks, share=share, policy=Whims(rng, often), host_slots=slots)
+    with tempfile.TemporaryDirectory() as folder:
+        rng = random.Random(seed)
+        engine = make_engine(
+            num_blocks=num_blocks, share=share, policy=Whims(rng, often), host_slots=slots,
+            folder=Path(folder) if records else None, disk_records=records or 0,
+        )  # fmt: skip
+        engine.tiers.copier.job_seconds = copy_seconds
+        _run_through(engine, rng, prompts, failing, disk_failing)
+        if engine.tiers.disk is not None:
+            engine.tiers.disk.io.close()
+
+
+def _run_through(engine, rng, prompts, failing, disk_failing):
+    """Requests that come, are moved and are given up at random, on copies and a disk that fail at random."""
     copier = engine.tiers.copier
-    copier.job_seconds = copy_seconds
+    if engine.tiers.disk is not None:
+        engine.tiers.disk.io.spoils = lambda: rng.random() < disk_failing
+        engine.tiers.disk.io.fails = lambda: rng.random() < disk_failing / 20
     coming = [make_request(f"r{i}", _prompt(length, f), count) for i, (length, f, count) in enumerate(prompts)]
     expected = {r.id: continuation(r.tokens[: r.prompt_length].tolist(), r.params.max_tokens) for r in coming}
     texts: dict[str, list[int]] = {request.id: [] for request in coming}
@@ -106,18 +124,21 @@ def test_text_is_right_whatever_is_moved_lost_or_cancelled(
             texts[emission.request.id] += [] if emission.token is None else [emission.token]
         while rng.random() < 0.5:
             copier.complete(rng.choice(list(Direction)), fail=rng.random() < failing)
+        while engine.tiers.disk is not None and rng.random() < 0.7:
+            engine.tiers.disk.io.complete()
         if rng.random() < 0.02 and engine.has_work:
             cancelled.add(id := rng.choice(list(engine._requests)))
             engine.cancel(id)
     assert not engine.has_work
     for id, text in texts.items():
         assert text == expected[id][: len(text)] if id in cancelled else text == expected[id]
-    while copier.queue:
+    while engine.settle():
         copier.complete()
-    engine.tiers.collect()
+        if engine.tiers.disk is not None:
+            engine.tiers.disk.io.complete()
     engine.tiers.check([])
     assert engine.cache.pool.num_active == 0
-    assert engine.tiers.host.num_available == slots
+    assert engine.tiers.host.num_available == engine.tiers.host.num_slots
 
 
 def test_what_comes_back_from_the_host_is_not_computed_again():

@@ -62,6 +62,10 @@ def serve(
     host_memory: Annotated[
         str, _engine(help="Memory for KV that the KV cache has no room for, such as 4GiB; auto: what the policy needs.")
     ] = "auto",
+    disk_cache: Annotated[
+        str, _engine(help="Folder that keeps KV for the next start [dim](default: none)[/].")
+    ] = _ENGINE.disk_cache,
+    disk_memory: Annotated[str, _engine(help="What it may take, such as 4GiB.")] = "4GiB",
     block_size: Annotated[int, _engine(help="Tokens in a KV block.")] = _ENGINE.block_size,
     token_budget: Annotated[int, _engine(help="Tokens a step; longer prompts go in chunks.")] = _ENGINE.token_budget,
     prefill_budget: Annotated[int, _engine(help="Prompt tokens that readers may wait for.")] = _ENGINE.prefill_budget,
@@ -91,6 +95,7 @@ def serve(
             max_context=max_context, max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
             host_memory_bytes=AUTO if host_memory == "auto" else parse_bytes(host_memory, "--host-memory"),
+            disk_cache=disk_cache, disk_memory_bytes=parse_bytes(disk_memory, "--disk-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
             speculation=speculation, draft_tokens=draft_tokens,
         ),

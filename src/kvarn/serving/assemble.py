@@ -81,7 +81,7 @@ def load_engine(
         max_context=max_context,
         vocab_size=spec.vocab_size,
         speculator=_speculator(config),
-        tiers=build_tiers(config, cache, kv),
+        tiers=build_tiers(config, cache, kv, spec, files.folder),
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder, kv_dtype)

@@ -49,6 +49,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of the KV pool; 0: a quarter of what is free, at most what `max_running` full contexts need."""
     host_memory_bytes: int = AUTO
     """Memory for KV that the device has no room for; 0: none, AUTO: as much as a policy that offloads can use."""
+    disk_cache: str = ""
+    """Folder in which KV outlives the engine; empty: none."""
+    disk_memory_bytes: int = 4 * 2**30
+    """What the files there may take."""
     share_prefixes: bool = True
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
@@ -62,10 +66,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Compute threads; 0: one for each processor this process may use."""
 
     def host_tier_bytes(self, pool_bytes: int, free_bytes: int) -> int:
-        """Of the tier behind a KV pool: what was asked for, or what a policy that offloads can use."""
+        """Of the tier behind a KV pool: what was asked for, or what a policy that offloads, or a disk, can use."""
         if self.host_memory_bytes != AUTO:
             return self.host_memory_bytes
-        return 0 if self.policy not in OFFLOADING else min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
+        if self.policy not in OFFLOADING and not self.disk_cache:
+            return 0
+        return min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""
@@ -79,7 +85,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20),
             ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
             ("kv_memory_bytes", 0, 2**63 - 1), ("host_memory_bytes", AUTO, 2**63 - 1),
+            ("disk_memory_bytes", 1, 2**63 - 1),
             ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")
+        if self.disk_cache and not self.share_prefixes:
+            raise KvarnError("disk_cache keeps prefixes, which share_prefixes turns off; choose one")
+        if self.disk_cache and self.host_memory_bytes == 0:
+            raise KvarnError("disk_cache needs host memory on its way; set host_memory_bytes, or leave it to choose")

@@ -21,7 +21,8 @@ from kvarn.serving.clock import Clock
 from kvarn.serving.costs import Costs
 from kvarn.serving.executors.protocol import Executor
 from kvarn.serving.kvcache.cache import KVCache
-from kvarn.serving.kvcache.tiers import TierBooks, Tiers
+from kvarn.serving.kvcache.tier_books import TierBooks
+from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.protocol import Policy, Snapshot
 from kvarn.serving.request import FinishReason, Request, RequestState
 from kvarn.serving.speculation import Speculator
@@ -357,8 +358,13 @@ class Engine:
         """The one way out: blocks back, state forgotten, the client told."""
         if request.state is RequestState.WAITING:
             del self.waiting[self._waiting_index(request)]
+        elif request.state is RequestState.LOADING:
+            self.loading.remove(request)
+            self.cache.release(request)
         else:
-            (self.running if request.state is RequestState.RUNNING else self.loading).remove(request)
+            self.running.remove(request)
+            if self.tiers is not None:
+                self.tiers.write_last(request)
             self.cache.release(request)
         if self.tiers is not None:
             self.tiers.forget(request)

@@ -85,7 +85,7 @@ class EngineProcess:
         if wait and not self.inbox.poll(0):
             self._send([], force_stats=True)
             while self._running and not self.inbox.poll(_SETTLE_POLL if self.engine.settle() else _IDLE_POLL):
-                pass
+                self._send([])  # what has been copied meanwhile
         while self._running:
             try:
                 message = self._decoder.decode(self.inbox.recv(zmq.NOBLOCK))
@@ -200,13 +200,22 @@ class Outbox:
 def _tier_stats(tiers: Tiers | None) -> dict[str, int]:
     if tiers is None:
         return {}
-    return {
+    stats = {
         "host_blocks": tiers.host.num_slots,
         "host_blocks_used": tiers.host.num_entries,
         "to_host_bytes": tiers.counters.written_blocks * tiers.block_bytes,
         "from_host_bytes": tiers.counters.read_blocks * tiers.block_bytes,
         "failed_copies": tiers.counters.failed_copies,
     }
+    if tiers.disk is not None and tiers.disk.is_on:
+        stats |= {
+            "disk_blocks": tiers.disk.index.num_records,
+            "disk_blocks_used": tiers.disk.index.num_entries,
+            "to_disk_bytes": tiers.disk.written_blocks * tiers.block_bytes,
+            "from_disk_bytes": tiers.disk.read_blocks * tiers.block_bytes,
+            "bad_disk_blocks": tiers.disk.bad_blocks,
+        }
+    return stats
 
 
 def _to_outputs(emissions: list[Emission]) -> list[TokenOutput]:

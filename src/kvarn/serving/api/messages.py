@@ -116,6 +116,11 @@ class EngineStats(msgspec.Struct, array_like=True):
     to_host_bytes: int = 0
     from_host_bytes: int = 0
     failed_copies: int = 0
+    disk_blocks: int = 0
+    disk_blocks_used: int = 0
+    to_disk_bytes: int = 0
+    from_disk_bytes: int = 0
+    bad_disk_blocks: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

@@ -26,6 +26,9 @@ _ENGINE_TOTALS: Final = (
     ("loads", "kvarn_loads", "Requests whose KV was brought back from the host."),
     ("to_host_bytes", "kvarn_kv_to_host_bytes", "KV copied to host memory."),
     ("from_host_bytes", "kvarn_kv_from_host_bytes", "KV copied back from host memory."),
+    ("to_disk_bytes", "kvarn_kv_to_disk_bytes", "KV written to the disk cache."),
+    ("from_disk_bytes", "kvarn_kv_from_disk_bytes", "KV read from the disk cache."),
+    ("bad_disk_blocks", "kvarn_kv_bad_disk_blocks", "Blocks in the disk cache that were torn or changed; dropped."),
     ("failed_copies", "kvarn_kv_failed_copies", "Copies of KV that failed; their content was computed again."),
     ("steps", "kvarn_engine_steps", "Engine steps."),
     ("step_seconds", "kvarn_engine_step_seconds", "Seconds spent in engine steps."),
@@ -70,6 +73,7 @@ class Metrics:
         self.running = Gauge("kvarn_sequences_running", "Sequences the engine is computing.", registry=registry)
         self.blocks = Gauge("kvarn_kv_blocks", "KV cache blocks by state.", ["state"], registry=registry)
         self.host_blocks = Gauge("kvarn_kv_host_blocks", "Blocks of KV in host memory.", ["state"], registry=registry)
+        self.disk_blocks = Gauge("kvarn_kv_disk_blocks", "Blocks of KV on disk.", ["state"], registry=registry)
         self._totals = [(field, Counter(name, help, registry=registry)) for field, name, help in _ENGINE_TOTALS]
         self._last = EngineStats()
         self._was_up = False
@@ -81,6 +85,8 @@ class Metrics:
             self.blocks.labels(state).set(getattr(stats, f"blocks_{state}"))
         self.host_blocks.labels("used").set(stats.host_blocks_used)
         self.host_blocks.labels("free").set(stats.host_blocks - stats.host_blocks_used)
+        self.disk_blocks.labels("used").set(stats.disk_blocks_used)
+        self.disk_blocks.labels("free").set(stats.disk_blocks - stats.disk_blocks_used)
         for field, counter in self._totals:
             counter.inc(max(0, getattr(stats, field) - getattr(self._last, field)))
         self._last = stats

@@ -12,11 +12,7 @@ free as soon as nobody pins it, for whoever does may still be reading there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(slots=True, eq=False)
@@ -63,19 +59,6 @@ class HostIndex:
         if entry is None or entry.parent != parent or entry.salt != salt or entry.tokens != tokens:
             return None
         return entry
-
-    def match(
-        self, hashes: Sequence[bytes], tokens: NDArray[np.int32], block_size: int, salt: str, first: int
-    ) -> list[HostEntry]:
-        """Complete entries of the blocks from number `first` on, up to the first that is missing."""
-        found = []
-        for i in range(first, len(hashes)):
-            content = tokens[i * block_size : (i + 1) * block_size].tobytes()
-            entry = self.find(hashes[i], hashes[i - 1] if i else b"", content, salt)
-            if entry is None or not entry.clean:
-                break
-            found.append(entry)
-        return found
 
     def reserve(self, key: bytes, parent: bytes, tokens: bytes, salt: str) -> HostEntry | None:
         """A slot for a block that is to be written, pinned once; None when every slot is pinned, or the key taken."""

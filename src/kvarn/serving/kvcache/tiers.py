@@ -1,8 +1,10 @@
-"""Device memory and host memory as one cache: mirrors blocks to the host, and brings them back.
+"""Device memory, host memory and disk as one cache: mirrors blocks to the host, and brings them back.
 
 A full block of KV never changes, so a copy of it stays true. `mirror` queues copies of a running request's full blocks;
 a request whose blocks all have one can be taken off the device at once, for the price of recomputing what its last,
 partial block holds. `load` brings a waiting request's blocks back. Copies run beside the compute and end in `collect`.
+With a disk (kvarn.serving.kvcache.disk), what comes to the host is written there as well, and what only the disk has is
+read to the host before it is copied on.
 
 What keeps it safe: a copy holds a reference of its own on every device block and a pin on every host slot it touches,
 so neither can be given to anybody else before the copy has ended, whatever happens to the request meanwhile. A copy
@@ -13,13 +15,15 @@ Source: TokenFlow (arXiv 2510.02758), section 5, with content-addressed slots in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import attrgetter
+from time import monotonic
 
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
+from kvarn.serving.kvcache.disk import DiskEntry, DiskJob, DiskTier
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
 from kvarn.serving.request import Request
 
@@ -27,6 +31,8 @@ _COPY_MEMORY = 0.8
 """What the copies so far count for in the average when one more has ended."""
 _FIRST_GUESS = 1e-4
 """Seconds to copy a block, before one has been copied."""
+_FLUSH_SECONDS = 5.0
+"""What the disk may take at the end to write what the host has and it has not."""
 
 
 @dataclass(slots=True)
@@ -35,6 +41,16 @@ class _Flight:
 
     entries: list[HostEntry]
     request: Request | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A load that waits for the disk: the host entries it will copy, once all are filled, and where they go."""
+
+    entries: list[HostEntry]
+    first: int
+    """The number of the first block."""
+    request: Request | None
 
 
 @dataclass(slots=True)
@@ -49,7 +65,7 @@ class TierCounters:
 
 
 class Tiers:
-    """Host slots behind one KVCache. Called by the engine alone."""
+    """Host slots, and perhaps a disk, behind one KVCache. Called by the engine alone."""
 
     def __init__(
         self,
@@ -58,6 +74,7 @@ class Tiers:
         copier: Copier,
         *,
         block_bytes: int = 0,
+        disk: DiskTier | None = None,
         rules: CopyRules = CopyRules(),
     ) -> None:
         """`block_bytes` of KV in a block: for statistics."""
@@ -66,6 +83,7 @@ class Tiers:
         self.block_bytes = block_bytes
         self.host = HostIndex(num_slots)
         self.copier = copier
+        self.disk = disk
         self.counters = TierCounters()
         self.block_seconds = dict.fromkeys(Direction, _FIRST_GUESS)
         """What copying a block has lately taken, each way."""
@@ -73,18 +91,23 @@ class Tiers:
         """Blocks queued or being copied, each way."""
         self._mirrors: dict[str, list[HostEntry]] = {}
         self._flights: dict[CopyJob, _Flight] = {}
+        self._reads: dict[DiskJob, list[HostEntry]] = {}
+        """What is being read from the disk, and the host entries it fills: each has a pin for it."""
+        self._filling: set[HostEntry] = set()
+        """All of these; others who need them too wait for the same read."""
+        self._arrivals: list[_Arrival] = []
         self._barred: set[str] = set()
         """Requests that failed to load: they are computed, lest they try for ever."""
 
     @property
     def copying(self) -> bool:
-        """Whether any copy is under way."""
-        return bool(self._flights)
+        """Whether any copy, to the disk too, is under way or to be made."""
+        return bool(self._flights or self._arrivals or (self.disk is not None and self.disk.writing))
 
     @property
     def copies_first(self) -> bool:
         """Whether the step must wait for the copies under way, as they may not run beside the compute."""
-        return not self.rules.overlap and self.copying
+        return not self.rules.overlap and bool(self._flights)
 
     def queue_seconds(self, direction: Direction, blocks: int) -> float:
         """Until so many more blocks would be copied, behind what is queued."""
@@ -145,31 +168,47 @@ class Tiers:
                 return
             room -= self.mirror(request, room)
 
+    def write_last(self, request: Request) -> None:
+        """Copy what is new of a running request that is to end: the next turn of a conversation begins with it."""
+        if self.rules.write_ahead != "off":
+            self.mirror(request, request.num_tokens)
+
     def loadable_tokens(self, request: Request) -> int:
-        """Leading tokens of a waiting request that device and host hold together."""
-        hit = self.cache.lookup(request).tokens // self.cache.block_size
-        return (hit + len(self._host_match(request, hit))) * self.cache.block_size
+        """Leading tokens of a waiting request that all tiers hold together."""
+        cached = self._cached_blocks(request)
+        return (cached + len(self._match(request, cached))) * self.cache.block_size
+
+    def load_seconds(self, request: Request, blocks: int) -> float:
+        """Until all the `blocks` that a waiting request may load would be on the device, behind what is queued."""
+        seconds = self.queue_seconds(Direction.TO_DEVICE, blocks)
+        if self.disk is not None:  # only then it matters which
+            found = self._match(request, self._cached_blocks(request))
+            seconds += self.disk.read_seconds(sum(isinstance(entry, DiskEntry) for entry in found))
+        return seconds
 
     def load(self, request: Request) -> bool:
-        """Start bringing a waiting request's blocks back from the host, on top of what the device still holds.
+        """Start bringing a waiting request's blocks back, on top of what the device still holds.
 
         The request then holds device blocks for all of them, and `collect` tells when they are filled. False, and
-        nothing changed, when the host has nothing more than the device or the device has no room.
+        nothing changed, when the other tiers have nothing more than the device, or device or host have no room.
         """
-        cache, size = self.cache, self.cache.block_size
-        hit = cache.lookup(request).tokens // size
-        entries = self._host_match(request, hit)
-        if not entries:
+        cache, first = self.cache, self._cached_blocks(request)
+        found = self._match(request, first)
+        if not found:
             return False
         cache.admit(request)
-        if not cache.grow(request, (hit + len(entries)) * size):
+        if not cache.grow(request, (first + len(found)) * cache.block_size):
             cache.release(request)
             return False
-        for entry in entries:
-            self.host.pin(entry)
-        blocks = request.block_table[hit : hit + len(entries)].tolist()
-        starts = [i * size for i in range(hit, hit + len(entries))]
-        self._start(Direction.TO_DEVICE, blocks, entries, starts, request)
+        entries = self._gather(found, cache.salt(request))
+        if not entries:
+            cache.release(request)
+            self._barred.add(request.id)
+            return False
+        if all(entry.clean for entry in entries):
+            self._copy_to_device(request, entries, first)
+        else:
+            self._arrivals.append(_Arrival(entries, first, request))
         return True
 
     def collect(self) -> list[tuple[Request, bool]]:
@@ -185,6 +224,8 @@ class Tiers:
             for entry in flight.entries if not failed else ():
                 if job.direction is Direction.TO_HOST:
                     self.host.written(entry)
+                    if self.disk is not None:
+                        self.disk.offer(entry)
                 else:
                     self.host.unpin(entry)
             self._count(job)
@@ -195,6 +236,8 @@ class Tiers:
                 else:
                     self.cache.fill(flight.request, len(job.blocks))
                 arrived.append((flight.request, not failed))
+        for read in self.disk.collect(self.host) if self.disk is not None else ():
+            arrived += self._end_read(read)
         return arrived
 
     def forget(self, request: Request) -> None:
@@ -202,26 +245,42 @@ class Tiers:
         for flight in self._flights.values():
             if flight.request is request:
                 flight.request = None
+        for arrival in self._arrivals:
+            if arrival.request is request:
+                arrival.request = None
         self._barred.discard(request.id)
         for entry in reversed(self._mirrors.pop(request.id, [])):
             self.host.unpin(entry)
 
     def wait(self, seconds: float) -> None:
-        """Return when a copy has ended, or after `seconds`; at once when none is under way."""
-        if self.copying:
+        """Return when something that a request may wait for has ended, or after `seconds`; at once without any."""
+        if self._flights:
             self.copier.wait(seconds)
+        elif self._arrivals and self.disk is not None:
+            self.disk.io.wait(seconds)
 
     def close(self) -> None:
-        """End the copies and what makes them."""
+        """End the copies and what makes them; what the host has goes to the disk, as far as a few seconds allow."""
         self.copier.close()
         self.collect()
+        if self.disk is not None:
+            until = monotonic() + _FLUSH_SECONDS
+            while self.disk.writing and monotonic() < until:
+                self.disk.io.wait(0.1)
+                self.disk.collect(self.host)
+            self.disk.io.close()
 
     def check(self, holders: Iterable[Request]) -> None:
         """Raise AssertionError unless the books agree with one another and with the device's."""
         self.host.check()
         self.cache.check(holders, self.held_blocks())
         pins: dict[HostEntry, int] = {}
-        for entries in (*self._mirrors.values(), *(flight.entries for flight in self._flights.values())):
+        held = [*self._mirrors.values(), *(flight.entries for flight in self._flights.values())]
+        held += [*self._reads.values(), *(arrival.entries for arrival in self._arrivals)]
+        if self.disk is not None:
+            held.append(self.disk.pinned())
+            self.disk.index.check()
+        for entries in held:
             for entry in entries:
                 pins[entry] = pins.get(entry, 0) + 1
         assert all(entry.pins == count for entry, count in pins.items()), "pins are lost"
@@ -240,19 +299,91 @@ class Tiers:
                     del mirrors[i:]
                     break
 
-    def _host_match(self, request: Request, first: int) -> list[HostEntry]:
+    def _cached_blocks(self, request: Request) -> int:
+        return self.cache.lookup(request).tokens // self.cache.block_size
+
+    def _match(self, request: Request, first: int) -> list[HostEntry | DiskEntry]:
+        """Where the blocks of a request from number `first` on are, or are being read to, up to the first missing."""
         if request.id in self._barred:
             return []
-        usable = (request.num_tokens - 1) // self.cache.block_size  # the last token is always computed
+        size, salt = self.cache.block_size, self.cache.salt(request)
+        usable = (request.num_tokens - 1) // size  # the last token is always computed
         # Its own copies need not be looked for: they are pinned.
         own = self._mirrors.get(request.id, [])[first:usable]
-        found = list(takewhile(attrgetter("clean"), own))
+        found: list[HostEntry | DiskEntry] = [*takewhile(attrgetter("clean"), own)]
         if len(found) < len(own) or first + len(found) >= usable:
             return found
-        hashes = self.cache.hashes(request, usable)[:usable]
-        salt = self.cache.salt(request)
-        found += self.host.match(hashes, request.tokens, self.cache.block_size, salt, first + len(found))
+        first += len(found)
+        hashes = self.cache.hashes(request, usable)
+        content, width = request.tokens[first * size : usable * size].tobytes(), 4 * size
+        for i in range(first, usable):
+            key, parent = hashes[i], hashes[i - 1] if i else b""
+            tokens = content[(i - first) * width : (i - first + 1) * width]
+            entry = self.host.find(key, parent, tokens, salt)
+            if entry is not None and (entry.clean or entry in self._filling):
+                found.append(entry)
+                continue
+            record = self.disk.find(key, parent, tokens, salt) if self.disk is not None and entry is None else None
+            if record is None:
+                break
+            found.append(record)
         return found
+
+    def _gather(self, found: list[HostEntry | DiskEntry], salt: str) -> list[HostEntry]:
+        """Host entries for what was found, pinned, up to where the host is full; reads fill those that the disk has."""
+        for entry in found:
+            if isinstance(entry, HostEntry):
+                self.host.pin(entry)
+        entries: list[HostEntry] = []
+        records: list[DiskEntry] = []
+        targets: list[HostEntry] = []
+        for entry in found:
+            if isinstance(entry, DiskEntry):
+                header = entry.header
+                target = self.host.reserve(header.hash, header.parent, header.tokens, salt)
+                if target is None:
+                    break
+                self.host.pin(target)
+                records.append(entry)
+                targets.append(target)
+                entries.append(target)
+            else:
+                entries.append(entry)
+        for entry in found[len(entries) :]:
+            if isinstance(entry, HostEntry):
+                self.host.unpin(entry)
+        if self.disk is not None and records:
+            self._reads[self.disk.start_read(records, [target.slot for target in targets])] = targets
+            self._filling.update(targets)
+        return entries
+
+    def _end_read(self, read: DiskJob) -> list[tuple[Request, bool]]:
+        """Copy what has all been read to the device, up to the first block that was not; news of who gets nothing."""
+        targets = self._reads.pop(read)
+        self._filling.difference_update(targets)
+        for entry in targets[: len(read.headers)]:
+            self.host.written(entry)
+        self._drop(targets[len(read.headers) :])
+        ready = [each for each in self._arrivals if all(entry.clean or entry.lost for entry in each.entries)]
+        news = []
+        for arrival in ready:
+            self._arrivals.remove(arrival)
+            request, entries = arrival.request, arrival.entries
+            usable = [] if request is None else [*takewhile(lambda entry: not entry.lost, entries)]
+            for entry in reversed(entries[len(usable) :]):
+                self.host.unpin(entry)
+            if request is not None and usable:
+                self._copy_to_device(request, usable, arrival.first)
+            elif request is not None:
+                self._barred.add(request.id)
+                news.append((request, False))
+        return news
+
+    def _copy_to_device(self, request: Request, entries: list[HostEntry], first: int) -> None:
+        """Into the request's blocks from number `first` on; a pin of each entry is the copy's from now on."""
+        blocks = request.block_table[first : first + len(entries)].tolist()
+        starts = [i * self.cache.block_size for i in range(first, first + len(entries))]
+        self._start(Direction.TO_DEVICE, blocks, entries, starts, request)
 
     def _start(
         self,
@@ -279,32 +410,3 @@ class Tiers:
         if job.error is None:
             before = self.block_seconds[job.direction]
             self.block_seconds[job.direction] = _COPY_MEMORY * before + (1 - _COPY_MEMORY) * job.seconds / count
-
-
-class TierBooks:
-    """What a policy may know of the tiers, by request id. See kvarn.serving.policies.protocol.TierView."""
-
-    def __init__(self, tiers: Tiers, requests: Mapping[str, Request]) -> None:
-        self._tiers = tiers
-        self._requests = requests
-
-    @property
-    def host_blocks(self) -> int:
-        return self._tiers.host.num_slots
-
-    @property
-    def coming_blocks(self) -> int:
-        pool = self._tiers.cache.pool
-        return sum(pool.references(block) == 1 for block in self._tiers.held_blocks())
-
-    def loadable_tokens(self, id: str) -> int:
-        return self._tiers.loadable_tokens(self._requests[id])
-
-    def unmirrored_blocks(self, id: str) -> int:
-        return self._tiers.unmirrored(self._requests[id])
-
-    def write_seconds(self, blocks: int) -> float:
-        return self._tiers.queue_seconds(Direction.TO_HOST, blocks)
-
-    def read_seconds(self, blocks: int) -> float:
-        return self._tiers.queue_seconds(Direction.TO_DEVICE, blocks)

@@ -16,6 +16,7 @@ def worth_loading(snapshot: Snapshot, request: RequestView, cached_tokens: int) 
     if tiers is None:
         return 0
     gained = tiers.loadable_tokens(request.id) - cached_tokens
-    if gained <= 0 or tiers.read_seconds(gained // snapshot.block_size) >= snapshot.costs.prefill_seconds(gained):
+    if gained <= 0:
         return 0
-    return gained
+    seconds = tiers.load_seconds(request.id, gained // snapshot.block_size)
+    return gained if seconds < snapshot.costs.prefill_seconds(gained) else 0

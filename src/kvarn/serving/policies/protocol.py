@@ -58,7 +58,7 @@ class CostView(Protocol):
 
 
 class TierView(Protocol):
-    """What the engine knows of KV on the host."""
+    """What the engine knows of KV on the host and on disk."""
 
     @property
     def host_blocks(self) -> int:
@@ -71,7 +71,7 @@ class TierView(Protocol):
         ...
 
     def loadable_tokens(self, id: str) -> int:
-        """Leading tokens of a waiting request that device and host hold together."""
+        """Leading tokens of a waiting request that all tiers hold together."""
         ...
 
     def unmirrored_blocks(self, id: str) -> int:
@@ -84,6 +84,10 @@ class TierView(Protocol):
 
     def read_seconds(self, blocks: int) -> float:
         """Until so many more blocks would be back on the device, behind what is queued already."""
+        ...
+
+    def load_seconds(self, id: str, blocks: int) -> float:
+        """Until all the `blocks` that a waiting request may load, from wherever they are, would be on the device."""
         ...
 
 
