@@ -86,11 +86,15 @@ def test_a_server_killed_while_it_writes_is_warm_and_right_afterwards(tmp_path):
                 texts[-1].append(answer.json()["choices"][0]["text"])
             if life == 0:
                 wait_until(lambda: server.metric("kvarn_kv_to_disk_bytes_total") > 0, "something is written")
+                assert all(
+                    server.metric("kvarn_kv_copy_bytes_per_second", link=to) > 0 for to in ("to_host", "to_disk")
+                )
             os.kill(server.engine_pid(), signal.SIGKILL)  # the next requests go to an engine made anew
             wait_until(lambda: server.metric("kvarn_engine_restarts_total") == 1, "it has come again")
             answer = client.post("/v1/completions", json={**body, "prompt": prompts(6)[0]})
             assert answer.json()["choices"][0]["text"] == texts[0][0]
             assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
             wait_until(lambda: server.metric("kvarn_kv_from_disk_bytes_total") > 0, "the read is counted")
+            assert server.metric("kvarn_kv_copy_bytes_per_second", link="from_disk") > 0
             assert server.metric("kvarn_kv_bad_disk_blocks_total") == 0
     assert texts[0] == texts[1] == texts[2]

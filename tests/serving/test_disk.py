@@ -19,6 +19,7 @@ from kvarn.serving.executors.disk_thread import DiskThread
 from kvarn.serving.kvcache.disk import DiskEntry, DiskIndex, DiskJob, DiskTier, perform
 from kvarn.serving.kvcache.disk_file import DiskFile, Header, salt_digest
 from kvarn.serving.kvcache.host import HostIndex
+from kvarn.serving.kvcache.tiers import KVPlaces
 
 from .paged_text import continuation, make_engine, make_request, run
 
@@ -121,6 +122,26 @@ def test_after_a_restart_prompts_are_read_and_not_computed(tmp_path):
         assert request.cached_tokens == 40
     assert second.executor.computed_tokens == 3 * (1 + 7)
     assert second.counters.prompt_tokens == 3 and second.counters.loads == 3
+    second.close()
+
+
+def test_where_a_request_lies_is_told_for_each_tier(tmp_path):
+    first = engine_on(tmp_path)
+    request = make_request("a", prompt(41, 0), 8)
+    first.add(request)
+    assert first.tiers.places(request) == KVPlaces(device=0, host=0, disk=0)
+    while request.num_outputs < 3:
+        first.step()
+    finish_copies(first)
+    assert first.tiers.places(request) == KVPlaces(device=11, host=10, disk=10), "one block is partly filled"
+    first.close()
+    second = engine_on(tmp_path)
+    again = make_request("a", prompt(41, 0), 8)
+    second.add(again)
+    assert second.tiers.places(again) == KVPlaces(device=0, host=0, disk=10)
+    run(second)
+    finish_copies(second)
+    assert second.tiers.places(again) == KVPlaces(device=12, host=12, disk=12), "nobody has it, all can find it"
     second.close()
 
 

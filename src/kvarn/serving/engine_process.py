@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ from kvarn.serving.api.messages import (
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
+from kvarn.serving.kvcache.copies import Direction
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
@@ -197,25 +198,36 @@ class Outbox:
             self._socket.send(encoder.encode(message))
 
 
-def _tier_stats(tiers: Tiers | None) -> dict[str, int]:
+def _tier_stats(tiers: Tiers | None) -> dict[str, Any]:
     if tiers is None:
         return {}
+    counters, block_bytes = tiers.counters, tiers.block_bytes
     stats = {
         "host_blocks": tiers.host.num_slots,
         "host_blocks_used": tiers.host.num_entries,
-        "to_host_bytes": tiers.counters.written_blocks * tiers.block_bytes,
-        "from_host_bytes": tiers.counters.read_blocks * tiers.block_bytes,
-        "failed_copies": tiers.counters.failed_copies,
+        "to_host_bytes": counters.written_blocks * block_bytes,
+        "from_host_bytes": counters.read_blocks * block_bytes,
+        "failed_copies": counters.failed_copies,
+        "to_host_rate": _rate(counters.written_blocks, block_bytes, tiers.block_seconds[Direction.TO_HOST]),
+        "from_host_rate": _rate(counters.read_blocks, block_bytes, tiers.block_seconds[Direction.TO_DEVICE]),
     }
-    if tiers.disk is not None and tiers.disk.is_on:
+    disk = tiers.disk
+    if disk is not None and disk.is_on:
         stats |= {
-            "disk_blocks": tiers.disk.index.num_records,
-            "disk_blocks_used": tiers.disk.index.num_entries,
-            "to_disk_bytes": tiers.disk.written_blocks * tiers.block_bytes,
-            "from_disk_bytes": tiers.disk.read_blocks * tiers.block_bytes,
-            "bad_disk_blocks": tiers.disk.bad_blocks,
+            "disk_blocks": disk.index.num_records,
+            "disk_blocks_used": disk.index.num_entries,
+            "to_disk_bytes": disk.written_blocks * block_bytes,
+            "from_disk_bytes": disk.read_blocks * block_bytes,
+            "bad_disk_blocks": disk.bad_blocks,
+            "to_disk_rate": _rate(disk.written_blocks, block_bytes, disk.write_block_seconds),
+            "from_disk_rate": _rate(disk.read_blocks, block_bytes, disk.block_seconds),
         }
     return stats
+
+
+def _rate(blocks: int, block_bytes: int, block_seconds: float) -> float:
+    """Bytes a second, once a block has been copied."""
+    return block_bytes / block_seconds if blocks else 0.0
 
 
 def _to_outputs(emissions: list[Emission]) -> list[TokenOutput]:

@@ -121,6 +121,11 @@ class EngineStats(msgspec.Struct, array_like=True):
     to_disk_bytes: int = 0
     from_disk_bytes: int = 0
     bad_disk_blocks: int = 0
+    to_host_rate: float = 0.0
+    """Bytes a second that copies to the host have lately made; 0 before the first. As the three below."""
+    from_host_rate: float = 0.0
+    to_disk_rate: float = 0.0
+    from_disk_rate: float = 0.0
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):

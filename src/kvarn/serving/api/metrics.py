@@ -74,6 +74,12 @@ class Metrics:
         self.blocks = Gauge("kvarn_kv_blocks", "KV cache blocks by state.", ["state"], registry=registry)
         self.host_blocks = Gauge("kvarn_kv_host_blocks", "Blocks of KV in host memory.", ["state"], registry=registry)
         self.disk_blocks = Gauge("kvarn_kv_disk_blocks", "Blocks of KV on disk.", ["state"], registry=registry)
+        self.copy_rates = Gauge(
+            "kvarn_kv_copy_bytes_per_second",
+            "How fast KV has lately been copied, by link; only of links that were used.",
+            ["link"],
+            registry=registry,
+        )
         self._totals = [(field, Counter(name, help, registry=registry)) for field, name, help in _ENGINE_TOTALS]
         self._last = EngineStats()
         self._was_up = False
@@ -87,6 +93,9 @@ class Metrics:
         self.host_blocks.labels("free").set(stats.host_blocks - stats.host_blocks_used)
         self.disk_blocks.labels("used").set(stats.disk_blocks_used)
         self.disk_blocks.labels("free").set(stats.disk_blocks - stats.disk_blocks_used)
+        for link in ("to_host", "from_host", "to_disk", "from_disk"):
+            if rate := getattr(stats, f"{link}_rate"):
+                self.copy_rates.labels(link).set(rate)
         for field, counter in self._totals:
             counter.inc(max(0, getattr(stats, field) - getattr(self._last, field)))
         self._last = stats

@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 _WRITES: Final = 16
 """Blocks being written at a time: they pin their host slots."""
 _MEMORY: Final = 0.8
-"""What the reads so far count for in the average when one more has ended."""
+"""What the reads, or writes, so far count for in the average when one more has ended."""
 _FIRST_GUESS: Final = 1e9
-"""Bytes a second that are read, before any have been."""
+"""Bytes a second that are read or written, before any have been."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +80,11 @@ class DiskIndex:
             return None
         header = entry.header
         return entry if (header.parent, header.tokens, header.salt) == (parent, tokens, salt) else None
+
+    def holds(self, key: bytes) -> bool:
+        """Whether there is a complete record of the block of this hash; for statistics: tokens are not compared."""
+        entry = self._by_hash.get(key)
+        return entry is not None and entry.clean
 
     def reserve(self, key: bytes, parent: bytes, tokens: bytes, salt: bytes) -> DiskEntry | None:
         """A record for a block that is to be written, pinned once; None when there is none, or the key taken."""
@@ -210,6 +215,8 @@ class DiskTier:
         self.slot = slot
         self.block_seconds = block_bytes / _FIRST_GUESS
         """What reading a block has lately taken."""
+        self.write_block_seconds = self.block_seconds
+        """What writing one has: for statistics."""
         self.is_on = True
         self.written_blocks = self.read_blocks = self.bad_blocks = 0
         self._backlog: deque[HostEntry] = deque()
@@ -225,6 +232,10 @@ class DiskTier:
         """The complete record of exactly this block."""
         entry = self.index.find(key, parent, tokens, salt_digest(salt)) if self.is_on else None
         return entry if entry is not None and entry.clean else None
+
+    def holds(self, key: bytes) -> bool:
+        """See DiskIndex.holds; nothing once the tier is off."""
+        return self.is_on and self.index.holds(key)
 
     def read_seconds(self, blocks: int) -> float:
         """Until so many more blocks would be read, behind what is queued."""
@@ -270,6 +281,7 @@ class DiskTier:
         if job.headers:
             self.index.written(entry, job.headers[0])
             self.written_blocks += 1
+            self.write_block_seconds = _averaged(self.write_block_seconds, job.seconds)
         else:
             self.index.drop(entry)
 
@@ -280,7 +292,7 @@ class DiskTier:
         for entry in reversed(job.entries):
             self.index.unpin(entry)
         if good:
-            self.block_seconds = _MEMORY * self.block_seconds + (1 - _MEMORY) * job.seconds / good
+            self.block_seconds = _averaged(self.block_seconds, job.seconds / good)
         if good < len(job.entries) and job.error is None:
             self.bad_blocks += 1
             self.index.drop(job.entries[good])  # a slot is filled by one read at a time, so nobody else has it
@@ -311,3 +323,7 @@ class DiskTier:
             self.is_on = False
             self._backlog.clear()
             _log.warning("the disk cache is switched off: %s", reason)
+
+
+def _averaged(before: float, seconds: float) -> float:
+    return _MEMORY * before + (1 - _MEMORY) * seconds

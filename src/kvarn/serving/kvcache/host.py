@@ -60,6 +60,11 @@ class HostIndex:
             return None
         return entry
 
+    def holds(self, key: bytes) -> bool:
+        """Whether there is a complete copy of the block of this hash; for statistics: tokens are not compared."""
+        entry = self._by_hash.get(key)
+        return entry is not None and entry.clean
+
     def reserve(self, key: bytes, parent: bytes, tokens: bytes, salt: str) -> HostEntry | None:
         """A slot for a block that is to be written, pinned once; None when every slot is pinned, or the key taken."""
         if key in self._by_hash:

@@ -21,9 +21,10 @@ from itertools import takewhile
 from operator import attrgetter
 from time import monotonic
 
+from kvarn.serving.kvcache.arrivals import Arrivals
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
-from kvarn.serving.kvcache.disk import DiskEntry, DiskJob, DiskTier
+from kvarn.serving.kvcache.disk import DiskEntry, DiskTier
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
 from kvarn.serving.request import Request
 
@@ -43,16 +44,6 @@ class _Flight:
     request: Request | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Arrival:
-    """A load that waits for the disk: the host entries it will copy, once all are filled, and where they go."""
-
-    entries: list[HostEntry]
-    first: int
-    """The number of the first block."""
-    request: Request | None
-
-
 @dataclass(slots=True)
 class TierCounters:
     """Totals since start, in blocks and seconds of copying."""
@@ -62,6 +53,16 @@ class TierCounters:
     write_seconds: float = 0.0
     read_seconds: float = 0.0
     failed_copies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVPlaces:
+    """Blocks of one request's KV on each tier; most are on several."""
+
+    device: int
+    """Also partly filled ones."""
+    host: int
+    disk: int
 
 
 class Tiers:
@@ -91,11 +92,7 @@ class Tiers:
         """Blocks queued or being copied, each way."""
         self._mirrors: dict[str, list[HostEntry]] = {}
         self._flights: dict[CopyJob, _Flight] = {}
-        self._reads: dict[DiskJob, list[HostEntry]] = {}
-        """What is being read from the disk, and the host entries it fills: each has a pin for it."""
-        self._filling: set[HostEntry] = set()
-        """All of these; others who need them too wait for the same read."""
-        self._arrivals: list[_Arrival] = []
+        self._arrivals = Arrivals(self.host, disk)
         self._barred: set[str] = set()
         """Requests that failed to load: they are computed, lest they try for ever."""
 
@@ -178,6 +175,14 @@ class Tiers:
         cached = self._cached_blocks(request)
         return (cached + len(self._match(request, cached))) * self.cache.block_size
 
+    def places(self, request: Request) -> KVPlaces:
+        """Where the KV of a request is now, each tier counted by itself."""
+        cache, size = self.cache, self.cache.block_size
+        device = cache.blocks_for(request.num_computed) if request.num_blocks else self._cached_blocks(request)
+        hashes = cache.hashes(request, request.num_tokens // size)
+        host = sum(map(self.host.holds, hashes))
+        return KVPlaces(device, host, 0 if self.disk is None else sum(map(self.disk.holds, hashes)))
+
     def load_seconds(self, request: Request, blocks: int) -> float:
         """Until all the `blocks` that a waiting request may load would be on the device, behind what is queued."""
         seconds = self.queue_seconds(Direction.TO_DEVICE, blocks)
@@ -200,7 +205,7 @@ class Tiers:
         if not cache.grow(request, (first + len(found)) * cache.block_size):
             cache.release(request)
             return False
-        entries = self._gather(found, cache.salt(request))
+        entries = self._arrivals.gather(found, cache.salt(request))
         if not entries:
             cache.release(request)
             self._barred.add(request.id)
@@ -208,7 +213,7 @@ class Tiers:
         if all(entry.clean for entry in entries):
             self._copy_to_device(request, entries, first)
         else:
-            self._arrivals.append(_Arrival(entries, first, request))
+            self._arrivals.wait_for(request, entries, first)
         return True
 
     def collect(self) -> list[tuple[Request, bool]]:
@@ -237,7 +242,8 @@ class Tiers:
                     self.cache.fill(flight.request, len(job.blocks))
                 arrived.append((flight.request, not failed))
         for read in self.disk.collect(self.host) if self.disk is not None else ():
-            arrived += self._end_read(read)
+            self._drop(self._arrivals.end_read(read))
+            arrived += self._copy_ready()
         return arrived
 
     def forget(self, request: Request) -> None:
@@ -245,9 +251,7 @@ class Tiers:
         for flight in self._flights.values():
             if flight.request is request:
                 flight.request = None
-        for arrival in self._arrivals:
-            if arrival.request is request:
-                arrival.request = None
+        self._arrivals.forget(request)
         self._barred.discard(request.id)
         for entry in reversed(self._mirrors.pop(request.id, [])):
             self.host.unpin(entry)
@@ -276,7 +280,7 @@ class Tiers:
         self.cache.check(holders, self.held_blocks())
         pins: dict[HostEntry, int] = {}
         held = [*self._mirrors.values(), *(flight.entries for flight in self._flights.values())]
-        held += [*self._reads.values(), *(arrival.entries for arrival in self._arrivals)]
+        held.append(self._arrivals.pinned())
         if self.disk is not None:
             held.append(self.disk.pinned())
             self.disk.index.check()
@@ -320,7 +324,7 @@ class Tiers:
             key, parent = hashes[i], hashes[i - 1] if i else b""
             tokens = content[(i - first) * width : (i - first + 1) * width]
             entry = self.host.find(key, parent, tokens, salt)
-            if entry is not None and (entry.clean or entry in self._filling):
+            if entry is not None and (entry.clean or self._arrivals.is_filling(entry)):
                 found.append(entry)
                 continue
             record = self.disk.find(key, parent, tokens, salt) if self.disk is not None and entry is None else None
@@ -329,54 +333,15 @@ class Tiers:
             found.append(record)
         return found
 
-    def _gather(self, found: list[HostEntry | DiskEntry], salt: str) -> list[HostEntry]:
-        """Host entries for what was found, pinned, up to where the host is full; reads fill those that the disk has."""
-        for entry in found:
-            if isinstance(entry, HostEntry):
-                self.host.pin(entry)
-        entries: list[HostEntry] = []
-        records: list[DiskEntry] = []
-        targets: list[HostEntry] = []
-        for entry in found:
-            if isinstance(entry, DiskEntry):
-                header = entry.header
-                target = self.host.reserve(header.hash, header.parent, header.tokens, salt)
-                if target is None:
-                    break
-                self.host.pin(target)
-                records.append(entry)
-                targets.append(target)
-                entries.append(target)
-            else:
-                entries.append(entry)
-        for entry in found[len(entries) :]:
-            if isinstance(entry, HostEntry):
-                self.host.unpin(entry)
-        if self.disk is not None and records:
-            self._reads[self.disk.start_read(records, [target.slot for target in targets])] = targets
-            self._filling.update(targets)
-        return entries
-
-    def _end_read(self, read: DiskJob) -> list[tuple[Request, bool]]:
-        """Copy what has all been read to the device, up to the first block that was not; news of who gets nothing."""
-        targets = self._reads.pop(read)
-        self._filling.difference_update(targets)
-        for entry in targets[: len(read.headers)]:
-            self.host.written(entry)
-        self._drop(targets[len(read.headers) :])
-        ready = [each for each in self._arrivals if all(entry.clean or entry.lost for entry in each.entries)]
+    def _copy_ready(self) -> list[tuple[Request, bool]]:
+        """Copy to the device what loads waited for; news of the requests that get nothing."""
         news = []
-        for arrival in ready:
-            self._arrivals.remove(arrival)
-            request, entries = arrival.request, arrival.entries
-            usable = [] if request is None else [*takewhile(lambda entry: not entry.lost, entries)]
-            for entry in reversed(entries[len(usable) :]):
-                self.host.unpin(entry)
-            if request is not None and usable:
-                self._copy_to_device(request, usable, arrival.first)
-            elif request is not None:
-                self._barred.add(request.id)
-                news.append((request, False))
+        for arrival in self._arrivals.ready():
+            if arrival.request is not None and arrival.entries:
+                self._copy_to_device(arrival.request, arrival.entries, arrival.first)
+            elif arrival.request is not None:
+                self._barred.add(arrival.request.id)
+                news.append((arrival.request, False))
         return news
 
     def _copy_to_device(self, request: Request, entries: list[HostEntry], first: int) -> None:
