@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import KvarnError
+from kvarn.reproduce.tokenflow.toy import SteadyCosts, play
 from kvarn.serving.costs import Costs
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
@@ -26,21 +27,6 @@ from kvarn.serving.reader import Reader
 
 from .paged_text import continuation, make_engine, make_request
 from .virtual_serving import REQUESTS, arriving, prompt, serve
-
-
-class SteadyCosts:
-    """Every step takes as long, and prompts nothing."""
-
-    def __init__(self, step: float) -> None:
-        self.step = step
-
-    def note_step(self, rows: int, context: int, prefill_tokens: int, seconds: float) -> None: ...
-
-    def decode_seconds(self, rows: int, context: int) -> float:
-        return self.step
-
-    def prefill_seconds(self, tokens: int) -> float:
-        return 0.0
 
 
 class Noting:
@@ -80,26 +66,11 @@ def test_the_published_gain_has_it_the_other_way_round():
 
 
 def test_two_places_for_three_readers_change_hands_when_the_buffers_are_there():
-    """The published toy: two places of 40 tokens/s; readers of 20 and 30 from the start, one of 25 from t = 2."""
-    policy = Noting(Streaming(StreamingSettings(tick=1.0, safety=3.0)))
-    engine = make_engine(num_blocks=1000, max_running=2, token_budget=1000, policy=policy, step=0.025)
-    engine.costs = SteadyCosts(0.025)  # type: ignore[assignment]
-    coming = [(0, "R1", 20.0), (0, "R2", 30.0), (80, "R3", 25.0)]
-    requests = {
-        id: make_request(id, [i], 900, stream_rate=rate, arrival=at / 40) for i, (at, id, rate) in enumerate(coming)
-    }
-    for step in range(14 * 40):
-        for at, id, _ in coming:
-            if at == step:
-                engine.add(requests[id])
-        engine.clock._now = step / 40  # type: ignore[attr-defined]  # sums of 0.025 drift
-        engine.step()
-    moves = [(now, decision.preempt) for now, decision in policy.decisions if decision.preempt]
-    assert moves[:2] == [(3.0, ("R1",)), (5.0, ("R2",))]
-    first_steps = {id: next(now for now, d in policy.decisions if id in dict(d.grants)) for id in requests}
-    assert first_steps == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
-    assert next(now for now, d in policy.decisions if now > 3.0 and "R1" in dict(d.grants)) == 5.0
-    assert [request.reader.stalls for request in requests.values()] == [0, 0, 0]
+    played = play()
+    assert played.preemptions[:2] == [(3.0, "R1"), (5.0, "R2")]
+    assert {id: starts[0] for id, starts in played.starts.items()} == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
+    assert played.starts["R1"][1] == 5.0
+    assert played.stalls == 0
 
 
 def test_one_makes_room_for_two_who_together_gain_more():
