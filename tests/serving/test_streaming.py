@@ -105,6 +105,17 @@ def test_settings_that_cannot_work_are_refused():
         StreamingSettings(pause_below=0.5)
 
 
+def test_settings_are_read_from_words():
+    chosen = StreamingSettings.parse(["tick=0.5", "pause=eager", "offload=off", "max_preemptions=3"], urgency=2.0)
+    assert chosen == StreamingSettings(tick=0.5, pause="eager", offload=False, max_preemptions=3, urgency=2.0)
+    for option, expected in (
+        ("tok=1", "tick"), ("tick=fast", "a number"), ("max_preemptions=1.5", "whole number"),
+        ("pause=never", "needed, eager, off"), ("offload=2", "on or off"), ("tick=-1", "above 0"),
+    ):  # fmt: skip
+        with pytest.raises(KvarnError, match=expected):
+            StreamingSettings.parse([option])
+
+
 # ---- what a decision never does --------------------------------------------------------------------------
 
 SIZE = 4
@@ -242,9 +253,9 @@ _SETTINGS = st.sampled_from(
         StreamingSettings(),
         StreamingSettings(tick=0.1, safety=1.0),
         StreamingSettings(gain="published"),
-        StreamingSettings(offload=False, soft_pause=False),
+        StreamingSettings(offload=False, pause="off"),
         StreamingSettings(local_search=False, hysteresis=False, tick=0.1),
-        StreamingSettings(pause_above=0.02, pause_below=0.01, tick=0.2),
+        StreamingSettings(pause="eager", pause_above=0.02, pause_below=0.01, tick=0.2),
         StreamingSettings(overload=100.0, max_preemptions=1),
         StreamingSettings(overload=0.01, prefill_budget=3),
     ]

@@ -27,7 +27,8 @@ _FURTHER: dict[str, Switches] = {
     "write in order": Switches(copies=CopyRules(write_ahead="in order")),
     "no local search": Switches((("local_search", False),)),
     "no hysteresis": Switches((("hysteresis", False),)),
-    "no soft pause": Switches((("soft_pause", False),)),
+    "no pause": Switches((("pause", "off"),)),
+    "eager pause": Switches((("pause", "eager"),)),
     "published gain": Switches((("gain", "published"),)),
 }
 _COSTS = {400: "<= 0.4", 10_000: "<= 5"}
