@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvarn.errors import KvarnError
 from kvarn.reproduce.tokenflow.toy import SteadyCosts, play
+from kvarn.serving.clock import VirtualClock
 from kvarn.serving.costs import Costs
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
@@ -25,7 +26,7 @@ from kvarn.serving.policies.streaming.policy import Streaming
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 from kvarn.serving.reader import Reader
 
-from .paged_text import continuation, make_engine, make_request
+from .paged_text import PagedTextExecutor, continuation, make_engine, make_request
 from .virtual_serving import REQUESTS, arriving, prompt, serve
 
 
@@ -300,6 +301,23 @@ def _burst(policy: Policy, *, step: float, rate: float, count: int = 24, declare
     return times, coming
 
 
+class Standing:
+    """Lets a machine stand still for `seconds` after so many steps."""
+
+    def __init__(self, executor: PagedTextExecutor, clock: VirtualClock, *, after_steps: int, seconds: float) -> None:
+        self.until = 0.0
+        self.steps_left = after_steps
+        self.usual, executor.step_seconds = executor.step_seconds, self.step
+        self.clock, self.seconds = clock, seconds
+
+    def step(self) -> None:
+        self.usual()
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.clock.advance(self.seconds)
+            self.until = self.clock.now()
+
+
 def _stalls(times: dict[str, list[float]], rate: float) -> float:
     readers = [Reader(rate) for _ in times]
     for reader, of_one in zip(readers, times.values(), strict=True):
@@ -323,6 +341,22 @@ def test_clients_that_are_wrong_about_their_rate_are_served_without_a_pause(decl
     ours, _ = _burst(Streaming(StreamingSettings(tick=0.25)), step=0.05, rate=5.0, declared=declared)
     assert max(of_one[0] for of_one in ours.values()) <= 1.2 * max(of_one[0] for of_one in usual.values())
     assert _stalls(ours, 5.0) == 0.0
+
+
+def test_after_the_machine_stood_still_everybody_is_served_in_turn():
+    """Half a minute without a step, and every stream is at once critical."""
+    engine = make_engine(
+        num_blocks=170, policy=Streaming(), host_slots=40, step=0.05, token_budget=64, max_running=24, share=False
+    )
+    coming = [make_request(f"r{i}", prompt(20, i), 60, stream_rate=4.0) for i in range(24)]
+    stood = Standing(engine.executor, engine.clock, after_steps=120, seconds=30.0)
+    texts, times = serve(engine, coming, random.Random(0), copying=0.9)
+    assert texts == {r.id: continuation(r.tokens[:20].tolist(), 60) for r in coming}
+    reading = [of_one for of_one in times.values() if of_one[0] < stood.until < of_one[-1]]
+    assert len(reading) > 8, "more than there is room for"
+    assert max(min(time for time in of_one if time > stood.until) for of_one in reading) < stood.until + 5.0
+    gaps = [later - earlier for of_one in reading for earlier, later in pairwise(of_one) if earlier > stood.until]
+    assert max(gaps) < 15.0
 
 
 def test_where_everybody_is_short_of_tokens_nobody_is_left_out():

@@ -16,6 +16,7 @@ from kvarn.serving.policies.protocol import Decision, Snapshot
 from kvarn.serving.request import RequestState
 
 from .paged_text import continuation, make_engine, make_request, run
+from .virtual_serving import Told
 
 PROMPTS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2), st.integers(1, 24)), min_size=1, max_size=10)
 
@@ -181,6 +182,31 @@ def test_without_room_on_the_host_requests_are_recomputed():
         engine.add(make_request(f"r{i}", _prompt(20, i), 10))
     assert run(engine) == {f"r{i}": continuation(_prompt(20, i), 10) for i in range(3)}
     assert engine.tiers.host.num_entries <= 1
+
+
+def test_who_leaves_the_device_gets_the_host_slots_of_who_stays():
+    told = Told()
+    engine = make_engine(num_blocks=40, host_slots=8, token_budget=64, policy=told)
+    first = make_request("stays", _prompt(30, 0), 20)
+    second = make_request("leaves", _prompt(30, 1), 20)
+    for request in (first, second):
+        engine.add(request)
+        engine.step()
+        engine.tiers.copier.close()
+    assert engine.tiers.places(first).host == 7 and engine.tiers.places(second).host < 7, "the host is full"
+    told.order = lambda snapshot: Decision(offload=("leaves",))
+    engine.step()
+    engine.tiers.copier.close()
+    engine.settle()
+    assert engine.tiers.places(second).host == 7 and engine.tiers.places(first).host == 1
+    assert engine.tiers.unmirrored(first) >= 6, "to be computed again if he leaves too"
+    pool = engine.cache.pool
+    pool.release(pool.allocate(pool.num_available), keep=lambda block: False)  # somebody else uses the rest meanwhile
+    told.order = lambda snapshot: Decision(load=("leaves",))
+    run(engine)
+    assert engine.counters.loads == 1
+    for request in (first, second):
+        assert request.tokens[30:50].tolist() == continuation(_prompt(30, int(request is second)), 20)
 
 
 def test_a_failed_load_is_recomputed():

@@ -153,6 +153,21 @@ class Tiers:
             self._start(Direction.TO_HOST, blocks, entries, starts)
         return len(blocks)
 
+    def offload(self, leaving: Sequence[Request], staying: Sequence[Request], now: float) -> None:
+        """Queue copies of all that is new of requests that are about to leave the device.
+
+        Where the host is full, those who stay on it give up copies that they have there: who runs dry first before the
+        others, for he is the last to leave; the ends first, so that what is left is a prefix.
+        """
+        missing = sum(map(self.unmirrored, leaving)) - self.host.num_available
+        for request in sorted(staying, key=lambda request: request.reader.slack(now)) if missing > 0 else ():
+            mirrors = self._mirrors.get(request.id, [])
+            while missing > 0 and mirrors and mirrors[-1].clean and mirrors[-1].pins == 1:
+                self.host.unpin(mirrors.pop())
+                missing -= 1
+        for request in leaving:
+            self.mirror(request, request.num_tokens)
+
     def write_ahead(self, running: Sequence[Request], now: float, seconds: float) -> None:
         """Copy new blocks, as many as a step of so many seconds has time for, of those who can soonest do without."""
         if self.rules.write_ahead == "off":
