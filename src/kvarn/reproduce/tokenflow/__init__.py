@@ -1,1 +1,0 @@
-"""TokenFlow (arXiv 2510.02758): streaming under bursts, its evaluation on a virtual clock."""
