@@ -56,6 +56,8 @@ def test_replays_a_trace_and_writes_what_it_found(tmp_path: Path) -> None:
         (("--hardware", "abacus"), "rtx4090, a6000"),
         (("--model", "gpt9"), "llama3-8b"),
         (("--workload", "flood:3"), "burst"),
+        (("--policy", "streaming", "--policy-option", "tick=soon"), "a number"),
+        (("--policy-option", "tick=1"), "only the policy streaming"),
         (("--trace", "/nowhere/trace.jsonl"), "cannot read"),
         (("--hardware", "rtx4090", "--model", "qwen2.5-32b"), "no KV block fits"),
         (("--kv-memory", "lots"), "--kv-memory"),

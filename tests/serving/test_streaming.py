@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.errors import KvarnError
+from kvarn.reproduce.tokenflow.toy import SteadyCosts, play
+from kvarn.serving.clock import VirtualClock
 from kvarn.serving.costs import Costs
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Decision, Policy, Snapshot
@@ -24,23 +26,8 @@ from kvarn.serving.policies.streaming.policy import Streaming
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 from kvarn.serving.reader import Reader
 
-from .paged_text import continuation, make_engine, make_request
+from .paged_text import PagedTextExecutor, continuation, make_engine, make_request
 from .virtual_serving import REQUESTS, arriving, prompt, serve
-
-
-class SteadyCosts:
-    """Every step takes as long, and prompts nothing."""
-
-    def __init__(self, step: float) -> None:
-        self.step = step
-
-    def note_step(self, rows: int, context: int, prefill_tokens: int, seconds: float) -> None: ...
-
-    def decode_seconds(self, rows: int, context: int) -> float:
-        return self.step
-
-    def prefill_seconds(self, tokens: int) -> float:
-        return 0.0
 
 
 class Noting:
@@ -80,26 +67,11 @@ def test_the_published_gain_has_it_the_other_way_round():
 
 
 def test_two_places_for_three_readers_change_hands_when_the_buffers_are_there():
-    """The published toy: two places of 40 tokens/s; readers of 20 and 30 from the start, one of 25 from t = 2."""
-    policy = Noting(Streaming(StreamingSettings(tick=1.0, safety=3.0)))
-    engine = make_engine(num_blocks=1000, max_running=2, token_budget=1000, policy=policy, step=0.025)
-    engine.costs = SteadyCosts(0.025)  # type: ignore[assignment]
-    coming = [(0, "R1", 20.0), (0, "R2", 30.0), (80, "R3", 25.0)]
-    requests = {
-        id: make_request(id, [i], 900, stream_rate=rate, arrival=at / 40) for i, (at, id, rate) in enumerate(coming)
-    }
-    for step in range(14 * 40):
-        for at, id, _ in coming:
-            if at == step:
-                engine.add(requests[id])
-        engine.clock._now = step / 40  # type: ignore[attr-defined]  # sums of 0.025 drift
-        engine.step()
-    moves = [(now, decision.preempt) for now, decision in policy.decisions if decision.preempt]
-    assert moves[:2] == [(3.0, ("R1",)), (5.0, ("R2",))]
-    first_steps = {id: next(now for now, d in policy.decisions if id in dict(d.grants)) for id in requests}
-    assert first_steps == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
-    assert next(now for now, d in policy.decisions if now > 3.0 and "R1" in dict(d.grants)) == 5.0
-    assert [request.reader.stalls for request in requests.values()] == [0, 0, 0]
+    played = play()
+    assert played.preemptions[:2] == [(3.0, "R1"), (5.0, "R2")]
+    assert {id: starts[0] for id, starts in played.starts.items()} == {"R1": 0.0, "R2": 0.0, "R3": 3.0}
+    assert played.starts["R1"][1] == 5.0
+    assert played.stalls == 0
 
 
 def test_one_makes_room_for_two_who_together_gain_more():
@@ -132,6 +104,17 @@ def test_settings_that_cannot_work_are_refused():
         StreamingSettings(tick=0.0)
     with pytest.raises(KvarnError, match="pause_below"):
         StreamingSettings(pause_below=0.5)
+
+
+def test_settings_are_read_from_words():
+    chosen = StreamingSettings.parse(["tick=0.5", "pause=eager", "offload=off", "max_preemptions=3"], urgency=2.0)
+    assert chosen == StreamingSettings(tick=0.5, pause="eager", offload=False, max_preemptions=3, urgency=2.0)
+    for option, expected in (
+        ("tok=1", "tick"), ("tick=fast", "a number"), ("max_preemptions=1.5", "whole number"),
+        ("pause=never", "needed, eager, off"), ("offload=2", "on or off"), ("tick=-1", "above 0"),
+    ):  # fmt: skip
+        with pytest.raises(KvarnError, match=expected):
+            StreamingSettings.parse([option])
 
 
 # ---- what a decision never does --------------------------------------------------------------------------
@@ -271,9 +254,9 @@ _SETTINGS = st.sampled_from(
         StreamingSettings(),
         StreamingSettings(tick=0.1, safety=1.0),
         StreamingSettings(gain="published"),
-        StreamingSettings(offload=False, soft_pause=False),
+        StreamingSettings(offload=False, pause="off"),
         StreamingSettings(local_search=False, hysteresis=False, tick=0.1),
-        StreamingSettings(pause_above=0.02, pause_below=0.01, tick=0.2),
+        StreamingSettings(pause="eager", pause_above=0.02, pause_below=0.01, tick=0.2),
         StreamingSettings(overload=100.0, max_preemptions=1),
         StreamingSettings(overload=0.01, prefill_budget=3),
     ]
@@ -318,6 +301,23 @@ def _burst(policy: Policy, *, step: float, rate: float, count: int = 24, declare
     return times, coming
 
 
+class Standing:
+    """Lets a machine stand still for `seconds` after so many steps."""
+
+    def __init__(self, executor: PagedTextExecutor, clock: VirtualClock, *, after_steps: int, seconds: float) -> None:
+        self.until = 0.0
+        self.steps_left = after_steps
+        self.usual, executor.step_seconds = executor.step_seconds, self.step
+        self.clock, self.seconds = clock, seconds
+
+    def step(self) -> None:
+        self.usual()
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.clock.advance(self.seconds)
+            self.until = self.clock.now()
+
+
 def _stalls(times: dict[str, list[float]], rate: float) -> float:
     readers = [Reader(rate) for _ in times]
     for reader, of_one in zip(readers, times.values(), strict=True):
@@ -341,6 +341,22 @@ def test_clients_that_are_wrong_about_their_rate_are_served_without_a_pause(decl
     ours, _ = _burst(Streaming(StreamingSettings(tick=0.25)), step=0.05, rate=5.0, declared=declared)
     assert max(of_one[0] for of_one in ours.values()) <= 1.2 * max(of_one[0] for of_one in usual.values())
     assert _stalls(ours, 5.0) == 0.0
+
+
+def test_after_the_machine_stood_still_everybody_is_served_in_turn():
+    """Half a minute without a step, and every stream is at once critical."""
+    engine = make_engine(
+        num_blocks=170, policy=Streaming(), host_slots=40, step=0.05, token_budget=64, max_running=24, share=False
+    )
+    coming = [make_request(f"r{i}", prompt(20, i), 60, stream_rate=4.0) for i in range(24)]
+    stood = Standing(engine.executor, engine.clock, after_steps=120, seconds=30.0)
+    texts, times = serve(engine, coming, random.Random(0), copying=0.9)
+    assert texts == {r.id: continuation(r.tokens[:20].tolist(), 60) for r in coming}
+    reading = [of_one for of_one in times.values() if of_one[0] < stood.until < of_one[-1]]
+    assert len(reading) > 8, "more than there is room for"
+    assert max(min(time for time in of_one if time > stood.until) for of_one in reading) < stood.until + 5.0
+    gaps = [later - earlier for of_one in reading for earlier, later in pairwise(of_one) if earlier > stood.until]
+    assert max(gaps) < 15.0
 
 
 def test_where_everybody_is_short_of_tokens_nobody_is_left_out():

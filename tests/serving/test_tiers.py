@@ -16,6 +16,7 @@ from kvarn.serving.policies.protocol import Decision, Snapshot
 from kvarn.serving.request import RequestState
 
 from .paged_text import continuation, make_engine, make_request, run
+from .virtual_serving import Told
 
 PROMPTS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2), st.integers(1, 24)), min_size=1, max_size=10)
 
@@ -141,13 +142,11 @@ def _run_through(engine, rng, prompts, failing, disk_failing):
     assert engine.tiers.host.num_available == engine.tiers.host.num_slots
 
 
-@pytest.mark.parametrize("steps", [10, 11, 12, 13])
-def test_what_comes_back_from_the_host_is_not_computed_again(steps):
-    """Whatever part of its last block it had filled."""
-    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({steps}, load=True))
+def test_what_comes_back_from_the_host_is_not_computed_again():
+    engine = make_engine(num_blocks=16, host_slots=32, token_budget=64, policy=Dropped({12}, load=True))
     prompt = _prompt(30, 0)
     engine.add(make_request("a", prompt, 20))
-    for _ in range(steps):
+    for _ in range(12):
         engine.clock.advance(1.0)
         engine.step()
     assert engine.waiting and not engine.running
@@ -157,13 +156,10 @@ def test_what_comes_back_from_the_host_is_not_computed_again(steps):
     evicted = engine.cache.pool.allocate(16)  # somebody else uses all of the device meanwhile
     engine.cache.pool.release(evicted, keep=lambda block: False)
     before = engine.executor.computed_tokens
-    assert run(engine)["a"] == continuation(prompt, 20)[steps - 1 :]
+    assert run(engine)["a"] == continuation(prompt, 20)[11:]
     assert engine.counters.loads == 1
-    # Of the tokens that were known, the last one is left to compute; then one a token.
-    assert engine.executor.computed_tokens - before == 20 - (steps - 1)
-    while engine.settle():
-        engine.tiers.copier.complete()
-    assert engine.tiers.host.num_available == engine.tiers.host.num_slots
+    # 30 + 11 tokens were known, 40 of them in full blocks: one is left to compute, then one a token.
+    assert engine.executor.computed_tokens - before == 1 + 8
 
 
 def test_blocks_being_copied_are_nobodys_until_the_copy_has_ended():
@@ -172,13 +168,12 @@ def test_blocks_being_copied_are_nobodys_until_the_copy_has_ended():
     engine.tiers.copier.wait = lambda seconds: None
     engine.add(make_request("a", _prompt(30, 0), 20))
     engine.step()
-    assert engine.tiers.unmirrored(engine.running[0]) == 8
+    assert engine.tiers.unmirrored(engine.running[0]) == 7
     engine.step()  # offloads
-    assert engine.waiting and engine.cache.pool.num_active == 8
-    while engine.tiers.copier.queue:
-        engine.tiers.copier.complete()
+    assert engine.waiting and engine.cache.pool.num_active == 7
+    engine.tiers.copier.complete()
     engine.tiers.collect()
-    assert engine.cache.pool.num_active == 0 and engine.tiers.host.num_entries == 8
+    assert engine.cache.pool.num_active == 0 and engine.tiers.host.num_entries == 7
 
 
 def test_without_room_on_the_host_requests_are_recomputed():
@@ -187,6 +182,31 @@ def test_without_room_on_the_host_requests_are_recomputed():
         engine.add(make_request(f"r{i}", _prompt(20, i), 10))
     assert run(engine) == {f"r{i}": continuation(_prompt(20, i), 10) for i in range(3)}
     assert engine.tiers.host.num_entries <= 1
+
+
+def test_who_leaves_the_device_gets_the_host_slots_of_who_stays():
+    told = Told()
+    engine = make_engine(num_blocks=40, host_slots=8, token_budget=64, policy=told)
+    first = make_request("stays", _prompt(30, 0), 20)
+    second = make_request("leaves", _prompt(30, 1), 20)
+    for request in (first, second):
+        engine.add(request)
+        engine.step()
+        engine.tiers.copier.close()
+    assert engine.tiers.places(first).host == 7 and engine.tiers.places(second).host < 7, "the host is full"
+    told.order = lambda snapshot: Decision(offload=("leaves",))
+    engine.step()
+    engine.tiers.copier.close()
+    engine.settle()
+    assert engine.tiers.places(second).host == 7 and engine.tiers.places(first).host == 1
+    assert engine.tiers.unmirrored(first) >= 6, "to be computed again if he leaves too"
+    pool = engine.cache.pool
+    pool.release(pool.allocate(pool.num_available), keep=lambda block: False)  # somebody else uses the rest meanwhile
+    told.order = lambda snapshot: Decision(load=("leaves",))
+    run(engine)
+    assert engine.counters.loads == 1
+    for request in (first, second):
+        assert request.tokens[30:50].tolist() == continuation(_prompt(30, int(request is second)), 20)
 
 
 def test_a_failed_load_is_recomputed():

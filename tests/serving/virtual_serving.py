@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from hypothesis import strategies as st
 
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.copies import Direction
+from kvarn.serving.policies.fcfs import FirstComeFirstServed
+from kvarn.serving.policies.protocol import Decision, Snapshot
 from kvarn.serving.request import Request
 
 from .paged_text import make_request
@@ -30,6 +33,18 @@ def arriving(requests: list[tuple[int, int, int, float, float]]) -> list[Request
         make_request(f"r{i}", prompt(length, family), count, arrival=at, stream_rate=rate)
         for i, (length, family, count, at, rate) in enumerate(requests)
     ]
+
+
+class Told:
+    """Does what it is told in the next step; else first come, first served."""
+
+    def __init__(self) -> None:
+        self.usual = FirstComeFirstServed()
+        self.order: Callable[[Snapshot], Decision] | None = None
+
+    def decide(self, snapshot: Snapshot, now: float) -> Decision:
+        order, self.order = self.order, None
+        return self.usual.decide(snapshot, now) if order is None else order(snapshot)
 
 
 def serve(

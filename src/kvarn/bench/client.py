@@ -161,7 +161,7 @@ async def _ask(settings: LoadSettings, spec: RequestSpec, body: bytes, arrival: 
     try:
         async with asyncio.timeout(settings.timeout):
             # A header, since a server that knows no readers may refuse an unknown field.
-            rate = spec.stream_rate or settings.stream_rate
+            rate = spec.declared_rate or spec.stream_rate or settings.stream_rate
             headers = () if rate is None else (("X-Stream-Rate", f"{rate:g}"),)
             path = "/chat/completions" if settings.chat else "/completions"
             answer = await http.post(settings.endpoint, path, body, headers)

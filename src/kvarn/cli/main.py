@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from kvarn import __version__
-from kvarn.cli import bench, calibrate, chat, generate, model, serve, simulate
+from kvarn.cli import bench, calibrate, chat, generate, model, reproduce, serve, simulate
 from kvarn.errors import KvarnError
 from kvarn.kernels import native
 from kvarn.serving.processors import wait_gently
@@ -29,6 +29,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("simulate")(simulate.simulate)
 app.command("calibrate")(calibrate.calibrate)
+app.command("reproduce")(reproduce.reproduce)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
 

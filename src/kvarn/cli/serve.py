@@ -57,6 +57,9 @@ def serve(
     kv_dtype: CacheDType = _ENGINE.kv_dtype,
     device: Device = _ENGINE.device,
     policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = _ENGINE.policy,
+    policy_option: Annotated[
+        list[str] | None, _engine(help="Setting of the policy streaming, like tick=0.5; may be repeated.")
+    ] = None,
     threads: Annotated[int, _engine(help="Compute threads; 0: all processors allowed to us.")] = _ENGINE.threads,
     kv_memory: CacheMemory = "0",
     host_memory: Annotated[
@@ -92,6 +95,7 @@ def serve(
     config = ServerConfig(
         engine=EngineConfig(
             model=model, precision=precision, kv_dtype=kv_dtype, device=device, policy=policy,
+            policy_options=tuple(policy_option or ()),
             max_context=max_context, max_running=max_running,
             token_budget=token_budget, block_size=block_size, kv_memory_bytes=parse_bytes(kv_memory, "--kv-memory"),
             host_memory_bytes=AUTO if host_memory == "auto" else parse_bytes(host_memory, "--host-memory"),

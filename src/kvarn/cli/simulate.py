@@ -55,6 +55,9 @@ def simulate(
     kv_memory: Annotated[str, _device(help="KV pool, like 2GiB [dim](default: by fraction)[/].")] = "",
     host_memory: Annotated[str, _device(help="KV that the pool has no room for; auto: by policy.")] = "auto",
     policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = "fcfs",
+    policy_option: Annotated[
+        list[str] | None, _engine(help="Setting of the policy streaming, like tick=0.5; may be repeated.")
+    ] = None,
     max_running: Annotated[int | None, _engine(min=1, help="Requests in one batch.")] = None,
     token_budget: Annotated[int | None, _engine(min=1, help="Tokens computed in one step.")] = None,
     prefill_budget: Annotated[int | None, _engine(min=1, help="Prompt tokens beside decoding.")] = None,
@@ -88,6 +91,7 @@ def simulate(
         precision=precision,
         kv_dtype=kv_dtype,
         policy=policy,
+        policy_options=tuple(policy_option or ()),
         max_context=max_context,
         max_running=max_running or device.max_running,
         token_budget=token_budget or device.token_budget,

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import msgspec
 
 from kvarn.errors import KvarnError
+from kvarn.serving.policies.streaming.settings import StreamingSettings
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal[
@@ -35,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "int8" halves bfloat16's memory."""
     device: str = "cpu"
     policy: PolicyName = "fcfs"
+    policy_options: tuple[str, ...] = ()
+    """Settings of the policy "streaming" that are not as usual, such as "tick=0.5"."""
     max_context: int = 0
     """Tokens of prompt + output a request may have; 0: what the model was made for."""
     max_running: int = 128
@@ -90,6 +93,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")
+        if self.policy == "streaming":
+            StreamingSettings.parse(self.policy_options)
+        elif self.policy_options:
+            raise KvarnError(f"policy_options is {self.policy_options[0]!r}; only the policy streaming has options")
         if self.disk_cache and not self.share_prefixes:
             raise KvarnError("disk_cache keeps prefixes, which share_prefixes turns off; choose one")
         if self.disk_cache and self.host_memory_bytes == 0:

@@ -19,7 +19,9 @@ from kvarn.errors import RequestError
 from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest, TokenLogprobs
 from kvarn.serving.clock import Clock
 from kvarn.serving.costs import Costs
+from kvarn.serving.counters import Counters
 from kvarn.serving.executors.protocol import Executor
+from kvarn.serving.fit import require_fit
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.tier_books import TierBooks
 from kvarn.serving.kvcache.tiers import Tiers
@@ -44,24 +46,6 @@ class Emission:
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since start."""
-
-    preemptions: int = 0
-    """Requests taken off the device, whether or not the host had a copy."""
-    loads: int = 0
-    """Requests brought back from the host."""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    drafted_tokens: int = 0
-    """Guesses at tokens to come that were computed."""
-    accepted_tokens: int = 0
-    """Those that came true."""
-    steps: int = 0
-    step_seconds: float = 0.0
 
 
 class Engine:
@@ -116,8 +100,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take over a request. RequestError, and nothing kept, when it can never be served."""
-        request.params.validate(self.vocab_size)
-        self._require_fit(request)
+        require_fit(request, self.max_context, self.vocab_size)
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is already running", field="id", status=409)
         self.executor.add(request)
@@ -222,9 +205,11 @@ class Engine:
         for id in decision.preempt:
             self._preempt(self._requests[id])
         if self.tiers is not None:
-            for id in decision.offload:
-                self.tiers.put_away(self._requests[id])
-                self._preempt(self._requests[id])
+            if decision.offload:
+                leaving = [self._requests[id] for id in decision.offload]
+                self.tiers.offload(leaving, [each for each in self.running if each not in leaving], now)
+                for request in leaving:
+                    self._preempt(request)
             for id in decision.load:
                 self._load(self.tiers, self._requests[id])
         batch, requests, waiting, size = Batch(), self._requests, RequestState.WAITING, self.cache.block_size
@@ -403,22 +388,6 @@ class Engine:
         while self.waiting[index] is not request:  # equal ranks stand side by side
             index += 1
         return index
-
-    def _require_fit(self, request: Request) -> None:
-        length, room = request.prompt_length, self.max_context
-        if length < 1:
-            raise RequestError("the prompt has no tokens; send at least one", field="prompt")
-        if length + request.params.max_tokens > room:
-            raise RequestError(
-                f"the prompt has {length} tokens and max_tokens is {request.params.max_tokens}, together "
-                f"{length + request.params.max_tokens}; this server's context is {room} tokens: shorten the prompt "
-                "or lower max_tokens",
-                field="max_tokens" if length < room else "prompt",
-                code="context_length_exceeded",
-            )
-        tokens = request.tokens[:length]
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise RequestError(f"the prompt has a token id outside 0 to {self.vocab_size - 1}", field="prompt")
 
 
 def _rank(request: Request) -> tuple[int, float]:

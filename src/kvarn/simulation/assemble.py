@@ -13,7 +13,9 @@ from kvarn.serving.engine import Engine
 from kvarn.serving.executors.simulated import SimulatedExecutor
 from kvarn.serving.executors.simulated_copier import SimulatedCopier
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.copies import CopyRules
 from kvarn.serving.kvcache.tiers import Tiers
+from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.policies.registry import make_policy
 
 
@@ -23,16 +25,20 @@ def simulated_engine(
     model: ModelShape,
     *,
     memory_fraction: float = 0.88,
+    kv_share: float = 1.0,
+    policy: Policy | None = None,
+    copy_rules: CopyRules = CopyRules(),
 ) -> Engine:
     """An engine whose clock is a `VirtualClock` and moves by modelled step times.
 
-    The KV pool has `config.kv_memory_bytes`, or what is left of `memory_fraction` of the device beside the weights;
-    a host tier, where `config` asks for one, is behind the device's link. Raises KvarnError for impossible settings,
-    CapacityError when no block fits. Speculation is not simulated.
+    The KV pool has `config.kv_memory_bytes`, or `kv_share` of what `memory_fraction` of the device leaves beside the
+    weights; a host tier, where `config` asks for one, is behind the device's link. `policy`, set up otherwise than
+    usual, takes the place of the one that `config` names; `copy_rules` say when blocks go to the host. Raises
+    KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
     """
     config.validate()
     roofline = Roofline.of(accelerator, model, config.precision, config.kv_dtype)
-    num_blocks = _count_blocks(config, roofline, memory_fraction)
+    num_blocks = _count_blocks(config, roofline, memory_fraction, kv_share)
     clock = VirtualClock()
     cache = KVCache(num_blocks, config.block_size, share_prefixes=config.share_prefixes)
     block_bytes = int(model.kv_bytes_per_token(roofline.kv_bytes) * config.block_size)
@@ -40,22 +46,22 @@ def simulated_engine(
     slots = config.host_tier_bytes(num_blocks * block_bytes, accelerator.host_memory_bytes) // block_bytes
     return Engine(
         SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
-        make_policy(config),
+        make_policy(config) if policy is None else policy,
         cache,
         clock,
         token_budget=config.token_budget,
         max_running=config.max_running,
         max_context=config.max_context or model.max_context,
         vocab_size=model.vocabulary,
-        tiers=Tiers(cache, slots, copier, block_bytes=block_bytes) if slots else None,
+        tiers=Tiers(cache, slots, copier, block_bytes=block_bytes, rules=copy_rules) if slots else None,
     )
 
 
-def _count_blocks(config: EngineConfig, roofline: Roofline, memory_fraction: float) -> int:
+def _count_blocks(config: EngineConfig, roofline: Roofline, memory_fraction: float, share: float) -> int:
     if config.kv_memory_bytes:
         tokens = int(config.kv_memory_bytes // roofline.model.kv_bytes_per_token(roofline.kv_bytes))
     else:
-        tokens = roofline.kv_tokens(memory_fraction)
+        tokens = int(share * roofline.kv_tokens(memory_fraction))
     if tokens < config.block_size:
         weights = roofline.model.num_weights * roofline.weight_bytes / 1e9
         memory = roofline.accelerator.memory_bytes / 1e9

@@ -24,13 +24,13 @@ def draw_run(records: Sequence[RequestRecord], path: Path, title: str = "") -> N
     if not done:
         raise KvarnError("no request completed, so there is nothing to draw")
     start = min(record.arrival for record in records)
-    figure, axes = _canvas(2, 2)
+    figure, axes = canvas(2, 2)
     _draw_ttft(axes[0][0], done)
     _draw_gaps(axes[0][1], done)
     _draw_tokens(axes[1][0], done, start)
     _draw_in_flight(axes[1][1], done, start)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_load(load: Mapping[str, NDArray[np.float64]], num_blocks: int, path: Path, title: str = "") -> None:
@@ -40,7 +40,7 @@ def draw_load(load: Mapping[str, NDArray[np.float64]], num_blocks: int, path: Pa
     """
     if not len(load["times"]):
         raise KvarnError("the engine computed nothing, so there is nothing to draw")
-    figure, axes = _canvas(2, 1)
+    figure, axes = canvas(2, 1)
     times = load["times"]
     axes[0].step(times, load["running"], where="post", color=_BLUE, label="running")
     axes[0].step(times, load["waiting"], where="post", color=_ORANGE, label="waiting")
@@ -49,7 +49,7 @@ def draw_load(load: Mapping[str, NDArray[np.float64]], num_blocks: int, path: Pa
     axes[1].fill_between(times, load["active_blocks"] / num_blocks, step="post", color=_BLUE, alpha=0.7)
     axes[1].set(title="KV blocks in use", xlabel="seconds", ylabel="share of the pool", ylim=(0, 1.02))
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def running_and_queued(
@@ -68,7 +68,8 @@ def running_and_queued(
     return moments, begun - ended, arrived - begun
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure into `path`; KvarnError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -78,7 +79,8 @@ def _save(figure: Any, path: Path) -> None:
         ) from error
 
 
-def _canvas(rows: int, columns: int) -> tuple[Any, Any]:
+def canvas(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its axes; KvarnError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -107,9 +107,8 @@ class _Clients:
         spec = self.specs[index]
         prompt = prompt_tokens(spec, index, self.engine.vocab_size)
         params = SamplingParams(temperature=0.0, max_tokens=spec.output_tokens, ignore_eos=True)
-        request = Request.create(
-            str(index), prompt, params, arrival=spec.arrival, stream_rate=spec.stream_rate or DEFAULT_RATE
-        )
+        rate = spec.declared_rate or spec.stream_rate or DEFAULT_RATE
+        request = Request.create(str(index), prompt, params, arrival=spec.arrival, stream_rate=rate)
         try:
             self.engine.add(request)
         except RequestError as error:

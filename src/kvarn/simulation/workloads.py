@@ -37,6 +37,8 @@ class RequestSpec:
     output_tokens: int
     stream_rate: float | None = None
     """Tokens per second its reader consumes; None where nothing is known of the reader."""
+    declared_rate: float | None = None
+    """Tokens per second that the client says its reader consumes; None where it tells the truth."""
     prefix_ids: tuple[int, ...] = ()
     """One id per `prefix_block_tokens` of the prompt, chained: equal leading ids mean an equal prefix."""
     prefix_block_tokens: int = 512
@@ -52,8 +54,10 @@ class RequestSpec:
             raise WorkloadError(
                 f"a request of {self.prompt_tokens} prompt and {self.output_tokens} output tokens; expected 1 or more"
             )
-        if self.stream_rate is not None and not self.stream_rate > 0:
-            raise WorkloadError(f"stream_rate is {self.stream_rate}; expected tokens per second above 0, or None")
+        for name in ("stream_rate", "declared_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise WorkloadError(f"{name} is {rate}; expected tokens per second above 0, or None")
         if self.leaves_after is not None and not self.leaves_after > 0:
             raise WorkloadError(f"leaves_after is {self.leaves_after}; expected seconds above 0, or None")
 

@@ -31,4 +31,6 @@ POLICIES: dict[PolicyName, Callable[[int], Policy]] = {
 
 def make_policy(config: EngineConfig) -> Policy:
     """A new policy as `config` asks for it; `config` must be valid."""
+    if config.policy == "streaming":
+        return Streaming(StreamingSettings.parse(config.policy_options, prefill_budget=config.prefill_budget))
     return POLICIES[config.policy](config.prefill_budget)

@@ -34,7 +34,7 @@ class Candidates:
         self, snapshot: Snapshot, crowd: Crowd, now: float, estimates: Estimates, settings: StreamingSettings
     ) -> None:
         self.requests, self.num_residents = crowd.requests, crowd.num_residents
-        self.slack = crowd.slack
+        self.slack, self.rates = crowd.slack, crowd.rates
         count, costs = self.num_residents, snapshot.costs
         self.step_seconds = costs.decode_seconds(max(1, count), int(crowd.tokens[:count].sum()))
         growth = 1 + int(settings.tick / self.step_seconds)
@@ -58,14 +58,15 @@ class Candidates:
         self.switch_seconds = self.gone_seconds + float(self.back_seconds.mean()) if self.requests else 0.0
         self.critical = settings.tick + self.switch_seconds + 2 * self.step_seconds
         """Seconds of slack below which nobody is taken off the device."""
+        # Who comes back computes what his last, partial block held, while all others wait.
+        self.waits = count * costs.prefill_seconds(size) / 2
+        """Seconds that everybody's readers together lose when one comes back."""
         self.stay = 0.0
         """Seconds that everybody stays where he was moved to."""
         if settings.hysteresis:
             steps, switches = settings.residence_steps, settings.residence_switches
-            # Who comes back computes what his last, partial block held, while all others wait.
-            again = costs.prefill_seconds(size) / 2
             self.stay = max(
-                steps * self.step_seconds, switches * self.switch_seconds, count * again / settings.switch_share
+                steps * self.step_seconds, switches * self.switch_seconds, self.waits / settings.switch_share
             )
         # Who has been without tokens for long comes first, the longest of them before the others.
         thirst = now - crowd.dry - settings.patience * settings.tick
@@ -80,7 +81,10 @@ class Candidates:
         overhead[: self.num_residents] = 0.0
         slack = np.maximum(0.0, crowd.slack - overhead)
         scale = settings.tick + self.switch_seconds
-        return gains(slack, slack * crowd.rates, self.length, overhead, estimates.delay, scale, settings)
+        gain = gains(slack, slack * crowd.rates, self.length, overhead, estimates.delay, scale, settings)
+        if settings.hysteresis:
+            gain[self.num_residents :] -= self.waits
+        return gain
 
     def _pinned(self, now: float, settings: StreamingSettings) -> tuple[Mask, Mask]:
         """Residents being prefilled or just moved, and with them those that are short of tokens or have moved often."""
@@ -121,11 +125,10 @@ def balance(
     back = [i for i in np.argsort(-table.gain, kind="stable").tolist() if i >= count and chosen[i]]
     starving = [table.requests[i] for i in back if table.starving[i]]
     others = [table.requests[i] for i in back if not table.starving[i]]
-    short = bool(newcomers or (table.slack[:count] < table.critical).any())
     return Plan(
         bring=[*starving, *_merged(admitted, others, table, now)],
         victims=[table.requests[i] for i in victims],
-        paused=_paused(table, paused, short, settings),
+        paused=_paused(table, paused, bool(newcomers), settings),
     )
 
 
@@ -239,10 +242,15 @@ def _merged(admitted: list[RequestView], back: list[RequestView], table: Candida
     return [*due, *admitted, *later]
 
 
-def _paused(table: Candidates, paused: frozenset[str], short: bool, settings: StreamingSettings) -> frozenset[str]:
-    if not settings.soft_pause or not short:
+def _paused(table: Candidates, paused: frozenset[str], newcomers: bool, settings: StreamingSettings) -> frozenset[str]:
+    """Who skips steps; see `StreamingSettings.pause`."""
+    count = table.num_residents
+    short = table.slack[:count] < table.critical
+    if settings.pause == "needed":
+        short &= table.rates[:count] * table.step_seconds > 1.0
+    if settings.pause == "off" or not (short.any() or (newcomers and settings.pause == "eager")):
         return frozenset()
-    unread = table.unread[: table.num_residents].tolist()
+    unread = table.unread[:count].tolist()
     return frozenset(
         request.id
         for request, share in zip(table.requests, unread, strict=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvarn.errors import KvarnError
+
+_WORDS = {"on": True, "true": True, "off": False, "false": False}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class StreamingSettings:
     max_preemptions: int = 64
     """A request that has given way so often does so only for want of blocks."""
     pause_above: float = 0.2
-    """Share of the expected text unread from which a resident request skips steps while another is short of tokens."""
+    """Share of the expected text unread from which a resident request skips steps."""
     pause_below: float = 0.1
     """Share at which it goes on."""
     load_ahead: float = 0.5
@@ -53,10 +56,24 @@ class StreamingSettings:
 
     offload: bool = True
     """Copy what has no copy before giving it up, and load instead of recomputing where that is faster."""
-    soft_pause: bool = True
+    pause: Literal["needed", "eager", "off"] = "needed"
+    """When well-supplied residents skip steps: while somebody short of tokens reads faster than steps with all of them
+    come; or while anybody is short of tokens or waits. A step costs little less for a row less, so eager pauses cost
+    tokens per second, and with them newcomers' time; they raise the share of tokens that are made just in time."""
     local_search: bool = True
     hysteresis: bool = True
-    """Retention and minimum residence."""
+    """Retention, minimum residence, and the charge for what others wait when somebody comes back."""
+
+    @classmethod
+    def parse(cls, options: Iterable[str], **others: Any) -> StreamingSettings:
+        """Settings from texts like "tick=0.5" and "pause=eager", and `others` by name; KvarnError for what is wrong."""
+        kinds = get_type_hints(cls)
+        for option in options:
+            name, _, word = option.partition("=")
+            if name not in kinds:
+                raise KvarnError(f"policy option is {option!r}; expected NAME=VALUE with one of {', '.join(kinds)}")
+            others[name] = _parsed(kinds[name], word, option)
+        return cls(**others)
 
     def __post_init__(self) -> None:
         """KvarnError naming the setting that cannot work."""
@@ -67,3 +84,19 @@ class StreamingSettings:
             raise KvarnError(f"contraction is {self.contraction}; expected a share from 0 to 1")
         if not 0 <= self.pause_below <= self.pause_above:
             raise KvarnError(f"pause_below is {self.pause_below}; expected 0 to pause_above ({self.pause_above})")
+
+
+def _parsed(kind: Any, word: str, option: str) -> Any:
+    if get_origin(kind) is Literal:
+        if word not in get_args(kind):
+            raise KvarnError(f"policy option is {option!r}; choose one of {', '.join(get_args(kind))}")
+        return word
+    if kind is bool:
+        if word not in _WORDS:
+            raise KvarnError(f"policy option is {option!r}; expected on or off")
+        return _WORDS[word]
+    try:
+        return float(word) if kind is float else int(word)
+    except ValueError as error:
+        expected = "a number" if kind is float else "a whole number"
+        raise KvarnError(f"policy option is {option!r}; expected {expected} behind the =") from error

@@ -1,0 +1,1 @@
+"""What papers claim and what comes of it here: one folder or file per paper, and the contract they share."""

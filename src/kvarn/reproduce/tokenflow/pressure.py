@@ -1,0 +1,188 @@
+"""E1 to E4: what first come, first served does to those who wait; what streaming makes of bursts, streams, traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from kvarn.reproduce.contract import Row, Scope
+from kvarn.reproduce.experiment import Part, Results
+from kvarn.reproduce.tokenflow import pictures
+from kvarn.reproduce.tokenflow.cells import Device, Load
+from kvarn.reproduce.tokenflow.contest import BASELINES, OURS, Contest, all_cells
+from kvarn.reproduce.tokenflow.setups import BURSTS, H200, H200_32B, RTX4090, SHORT_BURST, Setup, stream, trace
+from kvarn.serving.config import PolicyName
+from kvarn.simulation.workloads import Gamma
+
+_FULL_LOAD = {RTX4090: 1.1, H200: 3.7}
+"""Requests a second that a saturated device serves: burst (a) made longer, with memory reserved."""
+_CLUMPS = 3.0
+"""Coefficient of variation of the gaps between requests where the paper has a production trace."""
+_TRACE_RATE = {RTX4090: 1.5, H200_32B: 3.0}
+"""Requests a second: their bursts are more than the device can serve at once, their mean is not."""
+
+
+class _Claim(NamedTuple):
+    """A figure, what the paper has for the ratio to its baseline, and our bar."""
+
+    figure: str
+    published: float | None
+    bar: str
+
+
+_BURST = (
+    _Claim("ttft_p99", 0.198, "<= 0.25"),
+    _Claim("ttft_mean", 0.516, "<= 0.5"),
+    _Claim("effective", 1.529, ">= 1.5"),
+    _Claim("raw", None, ">= 0.97"),
+    _Claim("stall_mean", None, "<= 0"),
+)
+_STREAM = (
+    _Claim("effective", 1.825, ">= 1.8"),
+    _Claim("ttft_mean", 0.463, ""),
+    _Claim("ttft_p99", None, ""),
+    _Claim("raw", None, ""),
+    _Claim("stall_mean", None, ""),
+)
+_TRACE = (
+    _Claim("ttft_mean", 0.474, "<= 0.5"),
+    _Claim("ttft_p50", 0.113, "<= 0.15"),
+    _Claim("effective", None, ">= 1.4"),
+    _Claim("ttft_p99", None, ""),
+    _Claim("raw", None, ""),
+    _Claim("stall_mean", None, ""),
+)
+_TRACE_EFFECTIVE = {RTX4090: 1.451, H200_32B: 1.371}
+"""The paper's, of an A6000 and an H200."""
+
+
+def motivation(scope: Scope) -> Part:
+    """Requests of burst (a)'s lengths that come at half and all of what the device serves."""
+    loads = (0.5, 1.0)
+    minutes = 2 if scope.quick else 5
+    contests = {
+        (setup.device.name, share): Contest(
+            _clumped(setup, share * _FULL_LOAD[setup.device], minutes * 60), setup.device, tuple(scope.seeds), BASELINES
+        )
+        for setup in (BURSTS[0],) + (() if scope.quick else (BURSTS[2],))
+        for share in loads
+    }
+
+    def rows(results: Results) -> list[Row]:
+        made = []
+        for (device, share), contest in contests.items():
+            for policy in BASELINES:
+                id = f"e1.{device}.load-{share:g}.{policy}"
+                waits, speed = ("> 1.3", "> 40") if share == 1.0 and policy == BASELINES[0] else ("", "")
+                note = "paper: a production trace, peak"
+                made += [
+                    contest.row(results, "ttft_p99", policy, id=f"{id}.ttft_p99", bar=waits, published=20, note=note),
+                    contest.row(results, "speed", policy, id=f"{id}.speed", bar=speed, published=30),
+                ]
+        return made
+
+    return Part("e1", "Motivation: first come, first served at load 0.5 and 1", all_cells(contests.values()), rows)
+
+
+def _clumped(setup: Setup, rate: float, seconds: float) -> Load:
+    return replace(setup.load, requests=round(rate * seconds), arrivals=Gamma(rate, _CLUMPS))
+
+
+def bursts(scope: Scope) -> Part:
+    """Bursts (a) and (b), and every baseline."""
+    setups = (*BURSTS[:2], SHORT_BURST) if scope.quick else BURSTS
+    policies: tuple[PolicyName, ...] = (*BASELINES, "fcfs-paced", "qoe-recompute", OURS)
+    contests = {s.id: Contest(s.load, s.device, tuple(scope.seeds), policies, pictured=True) for s in setups}
+
+    def rows(results: Results) -> list[Row]:
+        made = []
+        for id, contest in contests.items():
+            for figure, published, bar in _BURST:
+                made.append(contest.over(results, figure, id=f"e2.{id}.{figure}", published=published, bar=bar))
+            made.append(contest.row(results, "stall_mean", id=f"e2.{id}.stall"))
+            for figure, published, bar in _BURST:
+                name = f"e2.{id}.{figure}"
+                made.append(contest.over(results, figure, BASELINES[0], id=name, published=published, bar=bar))
+            for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1"), ("raw", "")):
+                made.append(contest.over(results, figure, "fcfs-paced", id=f"e2.{id}.{figure}", bar=bar))
+            made += [contest.over(results, figure, "qoe-recompute", id=f"e2.{id}.{figure}") for figure, _, _ in _BURST]
+        return made
+
+    def draw(results: Results, folder: Path) -> None:
+        for id, contest in contests.items():
+            runs = {policy: results[contest.cell(policy, contest.seeds[0])] for policy in contest.policies}
+            pictures.draw_burst(runs, folder / f"burst-{id}.png", f"Burst {id}, simulated, seed {contest.seeds[0]}")
+
+    title = "Bursts (a) and (b) against every baseline"
+    return Part("e2", title, all_cells(contests.values()), rows, draw)
+
+
+def streams(scope: Scope) -> Part:
+    """Poisson (c), (d), and a load that the device serves with ease."""
+    seconds = 30 if scope.quick else 60
+    rates = {RTX4090: (("c", 2.0), ("d", 4.0), ("idle", 0.3)), H200: (("c", 5.0), ("d", 10.0), ("idle", 1.0))}
+    if scope.quick:
+        del rates[H200]
+    base = {RTX4090: BURSTS[0], H200: BURSTS[2]}
+    contests = {
+        (setup := stream(base[device], name, rate, seconds * (3 if name == "idle" else 1))).id: Contest(
+            setup.load, device, tuple(scope.seeds), (*BASELINES, "fcfs-paced", OURS)
+        )
+        for device, pairs in rates.items()
+        for name, rate in pairs
+    }
+
+    def rows(results: Results) -> list[Row]:
+        made = []
+        for id, contest in contests.items():
+            if id.endswith("idle"):
+                for figure in ("effective", "ttft_p99", "raw"):
+                    bar = "0.98 to 1.02" if figure == "effective" else ""
+                    made.append(contest.over(results, figure, "fcfs", id=f"e3.{id}.{figure}", bar=bar))
+                continue
+            for figure, published, bar in _STREAM:
+                made.append(contest.over(results, figure, id=f"e3.{id}.{figure}", published=published, bar=bar))
+            against: list[tuple[str, PolicyName]] = [
+                ("effective", "fcfs-conservative"), ("ttft_mean", "fcfs-conservative"), ("effective", "fcfs-paced"),
+                ("ttft_p99", "fcfs-paced"),
+            ]  # fmt: skip
+            made += [contest.over(results, figure, other, id=f"e3.{id}.{figure}") for figure, other in against]
+        return made
+
+    title = f"Poisson (c) and (d), {seconds} s of arrivals, and parity when under-loaded"
+    return Part("e3", title, all_cells(contests.values()), rows)
+
+
+def traces(scope: Scope) -> Part:
+    """A day and night of BurstGPT's shape in twenty minutes."""
+    minutes = 4 if scope.quick else 20
+    devices: tuple[Device, ...] = (RTX4090,) if scope.quick else (RTX4090, H200_32B)
+    setups: list[Setup] = [trace(device, _TRACE_RATE[device], minutes) for device in devices]
+    contests = [
+        Contest(setup.load, setup.device, tuple(scope.seeds), (*BASELINES, "fcfs-paced", OURS), pictured=True)
+        for setup in setups
+    ]
+
+    def rows(results: Results) -> list[Row]:
+        made = []
+        for contest in contests:
+            device = contest.device
+            note = "paper: an A6000" if device is RTX4090 else ""
+            for other in (None, BASELINES[0]):
+                for figure, known, bar in _TRACE:
+                    published = _TRACE_EFFECTIVE[device] if figure == "effective" else known
+                    id = f"e4.{device.name}.{figure}"
+                    made.append(contest.over(results, figure, other, id=id, published=published, bar=bar, note=note))
+            for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1")):
+                made.append(contest.over(results, figure, "fcfs-paced", id=f"e4.{device.name}.{figure}", bar=bar))
+        return made
+
+    def draw(results: Results, folder: Path) -> None:
+        for contest in contests:
+            runs = {policy: results[contest.cell(policy, contest.seeds[0])] for policy in contest.policies}
+            name = contest.device.name
+            pictures.draw_burst(runs, folder / f"trace-{name}.png", f"Trace on {name}, simulated")
+
+    title = f"A BurstGPT-like trace of {minutes} minutes"
+    return Part("e4", title, all_cells(contests), rows, draw)
