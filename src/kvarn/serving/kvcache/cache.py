@@ -113,12 +113,12 @@ class KVCache:
         self._extend_hashes(request, full_blocks)
         return request.block_hashes
 
-    def fill(self, request: Request, blocks: int) -> None:
-        """So many blocks after those computed have got their content from elsewhere."""
-        request.num_computed += blocks * self.block_size
+    def fill(self, request: Request, tokens: int) -> None:
+        """So many tokens after those computed have got their keys and values from elsewhere."""
+        request.num_computed += tokens
         if request.preemptions == 0:
-            request.cached_tokens += blocks * self.block_size
-            self.hit_tokens += blocks * self.block_size
+            request.cached_tokens += tokens
+            self.hit_tokens += tokens
         self.commit(request)
 
     def check(self, holders: Iterable[Request], also_held: Iterable[int] = ()) -> None:

@@ -1,8 +1,8 @@
 """Device memory, host memory and disk as one cache: mirrors blocks to the host, and brings them back.
 
 A full block of KV never changes, so a copy of it stays true. `mirror` queues copies of a running request's full blocks;
-a request whose blocks all have one can be taken off the device at once, for the price of recomputing what its last,
-partial block holds. `load` brings a waiting request's blocks back. Copies run beside the compute and end in `collect`.
+a request whose full blocks all have one gives up its blocks with one copy more, that of its last, partial block, its
+tail (`offload`). `load` brings a waiting request's blocks back. Copies run beside the compute and end in `collect`.
 With a disk (kvarn.serving.kvcache.disk), what comes to the host is written there as well, and what only the disk has is
 read to the host before it is copied on.
 
@@ -32,6 +32,7 @@ _COPY_MEMORY = 0.8
 """What the copies so far count for in the average when one more has ended."""
 _FIRST_GUESS = 1e-4
 """Seconds to copy a block, before one has been copied."""
+_TOKEN_BYTES = 4
 _FLUSH_SECONDS = 5.0
 """What the disk may take at the end to write what the host has and it has not."""
 
@@ -91,6 +92,8 @@ class Tiers:
         self.blocks_in_flight = dict.fromkeys(Direction, 0)
         """Blocks queued or being copied, each way."""
         self._mirrors: dict[str, list[HostEntry]] = {}
+        self._tails: dict[str, HostEntry] = {}
+        """The partial last blocks of requests that were put away: found by their owners alone, and used once."""
         self._flights: dict[CopyJob, _Flight] = {}
         self._arrivals = Arrivals(self.host, disk)
         self._barred: set[str] = set()
@@ -115,8 +118,8 @@ class Tiers:
         return [block for job in self._flights for block in job.blocks]
 
     def unmirrored(self, request: Request) -> int:
-        """Full blocks of a running request that have no copy on the host, finished or under way."""
-        return request.num_computed // self.cache.block_size - len(self._mirrors.get(request.id, ()))
+        """Blocks of a running request that have no copy on the host, finished or under way; a partial one counts."""
+        return self.cache.blocks_for(request.num_computed) - len(self._mirrors.get(request.id, ()))
 
     def mirror(self, request: Request, limit: int) -> int:
         """Queue copies of at most `limit` of a running request's full blocks that have none; how many were queued.
@@ -166,7 +169,7 @@ class Tiers:
                 self.host.unpin(mirrors.pop())
                 missing -= 1
         for request in leaving:
-            self.mirror(request, request.num_tokens)
+            self._put_away(request)
 
     def write_ahead(self, running: Sequence[Request], now: float, seconds: float) -> None:
         """Copy new blocks, as many as a step of so many seconds has time for, of those who can soonest do without."""
@@ -188,7 +191,7 @@ class Tiers:
     def loadable_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that all tiers hold together."""
         cached = self._cached_blocks(request)
-        return (cached + len(self._match(request, cached))) * self.cache.block_size
+        return cached * self.cache.block_size + sum(map(_tokens_in, self._match(request, cached)))
 
     def places(self, request: Request) -> KVPlaces:
         """Where the KV of a request is now, each tier counted by itself."""
@@ -244,7 +247,7 @@ class Tiers:
             for entry in flight.entries if not failed else ():
                 if job.direction is Direction.TO_HOST:
                     self.host.written(entry)
-                    if self.disk is not None:
+                    if self.disk is not None and _tokens_in(entry) == self.cache.block_size:
                         self.disk.offer(entry)
                 else:
                     self.host.unpin(entry)
@@ -254,7 +257,8 @@ class Tiers:
                 if failed:
                     self._barred.add(flight.request.id)
                 else:
-                    self.cache.fill(flight.request, len(job.blocks))
+                    self.cache.fill(flight.request, sum(map(_tokens_in, flight.entries)))
+                    self._drop_tail(flight.request)
                 arrived.append((flight.request, not failed))
         for read in self.disk.collect(self.host) if self.disk is not None else ():
             self._drop(self._arrivals.end_read(read))
@@ -268,6 +272,7 @@ class Tiers:
                 flight.request = None
         self._arrivals.forget(request)
         self._barred.discard(request.id)
+        self._drop_tail(request)
         for entry in reversed(self._mirrors.pop(request.id, [])):
             self.host.unpin(entry)
 
@@ -295,7 +300,7 @@ class Tiers:
         self.cache.check(holders, self.held_blocks())
         pins: dict[HostEntry, int] = {}
         held = [*self._mirrors.values(), *(flight.entries for flight in self._flights.values())]
-        held.append(self._arrivals.pinned())
+        held += [self._arrivals.pinned(), list(self._tails.values())]
         if self.disk is not None:
             held.append(self.disk.pinned())
             self.disk.index.check()
@@ -317,6 +322,28 @@ class Tiers:
                         self.host.unpin(other)
                     del mirrors[i:]
                     break
+        for id in [id for id, tail in self._tails.items() if tail.lost]:
+            self.host.unpin(self._tails.pop(id))
+
+    def _put_away(self, request: Request) -> None:
+        """Queue copies of all that a running request holds and the host does not: it gives up its blocks."""
+        size, full = self.cache.block_size, request.num_computed // self.cache.block_size
+        self.mirror(request, full)
+        self._drop_tail(request)
+        if request.num_computed == full * size or len(self._mirrors.get(request.id, ())) < full:
+            return
+        parent = self.cache.hashes(request, full)[full - 1] if full else b""
+        tokens = request.tokens[full * size : request.num_computed].tobytes()
+        tail = self.host.reserve(f"tail {request.id}".encode(), parent, tokens, self.cache.salt(request))
+        if tail is not None:
+            self.host.pin(tail)
+            self._tails[request.id] = tail
+            self._start(Direction.TO_HOST, [int(request.block_table[full])], [tail], [full * size])
+
+    def _drop_tail(self, request: Request) -> None:
+        """It is used, or will be out of date."""
+        if tail := self._tails.pop(request.id, None):
+            self.host.drop(tail)
 
     def _cached_blocks(self, request: Request) -> int:
         return self.cache.lookup(request).tokens // self.cache.block_size
@@ -325,6 +352,13 @@ class Tiers:
         """Where the blocks of a request from number `first` on are, or are being read to, up to the first missing."""
         if request.id in self._barred:
             return []
+        found = self._match_full(request, first)
+        tail, last = self._tails.get(request.id), first + len(found)
+        if tail is not None and tail.clean and tail.parent == (request.block_hashes[last - 1] if last else b""):
+            found.append(tail)
+        return found
+
+    def _match_full(self, request: Request, first: int) -> list[HostEntry | DiskEntry]:
         size, salt = self.cache.block_size, self.cache.salt(request)
         usable = (request.num_tokens - 1) // size  # the last token is always computed
         # Its own copies need not be looked for: they are pinned.
@@ -334,7 +368,7 @@ class Tiers:
             return found
         first += len(found)
         hashes = self.cache.hashes(request, usable)
-        content, width = request.tokens[first * size : usable * size].tobytes(), 4 * size
+        content, width = request.tokens[first * size : usable * size].tobytes(), _TOKEN_BYTES * size
         for i in range(first, usable):
             key, parent = hashes[i], hashes[i - 1] if i else b""
             tokens = content[(i - first) * width : (i - first + 1) * width]
@@ -390,3 +424,9 @@ class Tiers:
         if job.error is None:
             before = self.block_seconds[job.direction]
             self.block_seconds[job.direction] = _COPY_MEMORY * before + (1 - _COPY_MEMORY) * job.seconds / count
+
+
+def _tokens_in(entry: HostEntry | DiskEntry) -> int:
+    """Tokens of the block: fewer than a block has room for in a tail."""
+    tokens = entry.tokens if isinstance(entry, HostEntry) else entry.header.tokens
+    return len(tokens) // _TOKEN_BYTES

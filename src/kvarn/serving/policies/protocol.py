@@ -75,7 +75,7 @@ class TierView(Protocol):
         ...
 
     def unmirrored_blocks(self, id: str) -> int:
-        """Full blocks of a running request without a copy on the host, finished or under way."""
+        """Blocks of a running request without a copy on the host, finished or under way; a partial one counts."""
         ...
 
     def write_seconds(self, blocks: int) -> float:
