@@ -12,9 +12,12 @@ from typer.testing import CliRunner, Result
 from kvarn.cli.main import app
 from kvarn.errors import KvarnError
 from kvarn.reproduce.contract import Level, Scope
+from kvarn.reproduce.statistics import Estimate
+from kvarn.reproduce.tokenflow import pictures
 from kvarn.reproduce.tokenflow.cells import Load, Simulated, Switches, about
 from kvarn.reproduce.tokenflow.experiment import EXPERIMENT
 from kvarn.reproduce.tokenflow.setups import RTX4090
+from kvarn.serving.config import PolicyName
 from kvarn.serving.kvcache.copies import CopyRules
 
 SMALL = replace(RTX4090, name="small", scale=0.1)
@@ -77,6 +80,15 @@ def test_the_same_cell_gives_the_same_figures() -> None:
     assert one["classes"]["20"]["delivered"] <= 20.0
     assert len(one["series"]["ttft"]) == 12 and len(one["series"]["times"]) == len(one["series"]["slack_p50"])
     assert one != replace(cell, seed=1).run()
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    policies: tuple[PolicyName, ...] = ("streaming", "fcfs-conservative")
+    runs = {policy: Simulated(LOAD, SMALL, policy, 0, series=True).run() for policy in policies}
+    pictures.draw_burst(runs, tmp_path / "burst.png", "A burst")
+    times = {"full": Estimate(1.0, 1.0, 1.0), "without": Estimate(1.2, 1.1, 1.3), "once": Estimate(1.1)}
+    pictures.draw_ablation(times, tmp_path / "ablation.png", "Without")
+    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "burst.png", tmp_path / "ablation.png"))
 
 
 def test_switches_change_what_runs() -> None:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -165,7 +166,11 @@ def _computed(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """In a worker: a key that interrupts the run ends it without a word, and so does the end of its parent.
+
+    Else it would wait for work for ever when the parent was killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -26,6 +26,8 @@ from kvarn.simulation.workloads import Arrivals, Burst, Lengths, RequestSpec, Tr
 
 RATE = 20.0
 """Tokens a second that readers take where nothing else is said."""
+_WITHOUT_HOST: tuple[PolicyName, ...] = ("qoe-recompute", "fcfs-conservative", "fcfs-paced")
+"""One recomputes, as published; the others never take anybody off the device, and would only copy for nothing."""
 _BLOCK = 256
 """Tokens of a shared prefix go in multiples of this."""
 _POINTS = 240
@@ -129,8 +131,7 @@ class Simulated:
             token_budget=accelerator.token_budget,
             prefill_budget=accelerator.prefill_budget,
             max_running=accelerator.max_running,
-            # The same for all, but none for the one that recomputes, as published.
-            host_memory_bytes=0 if self.policy == "qoe-recompute" else self.device.host_bytes,
+            host_memory_bytes=0 if self.policy in _WITHOUT_HOST else self.device.host_bytes,
             speculation="off",
         )
         policy: Policy | None = None

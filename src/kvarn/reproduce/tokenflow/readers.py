@@ -11,6 +11,7 @@ from kvarn.reproduce.statistics import level
 from kvarn.reproduce.tokenflow.cells import RATE, Load, Simulated, Switches
 from kvarn.reproduce.tokenflow.contest import BASELINES, OURS, Contest, all_cells, qos
 from kvarn.reproduce.tokenflow.setups import BURSTS, SHORT_BURST, Setup
+from kvarn.serving.policies.streaming.settings import StreamingSettings
 
 _MIXED = ((0.4, 15.0), (0.6, 20.0))
 """Share and rate of each class."""
@@ -79,15 +80,17 @@ def faster_readers(scope: Scope) -> Part:
 
 def knobs(scope: Scope) -> Part:
     """How often to look (Delta t) and how much slack to ask for (mu)."""
-    ticks = (0.25, 2.0) if scope.quick else (0.25, 0.5, 1.0, 2.0)
-    margins = (1.0, 20.0) if scope.quick else (1.0, 2.0, 5.0, 20.0)
-    setups = _setups(scope)
+    values = {
+        "tick": (StreamingSettings.tick, 2.0) if scope.quick else (0.25, 0.5, 1.0, 2.0),
+        "safety": (1.0, 20.0) if scope.quick else (1.0, 2.0, 5.0, 20.0),
+    }
+    setups = BURSTS[1:2] if scope.quick else (BURSTS[1], SHORT_BURST)
     plain = {setup.id: Contest(setup.load, setup.device, tuple(scope.seeds)) for setup in setups}
     changed = {
-        (setup.id, name, value): replace(plain[setup.id], policies=(OURS,), switches=Switches(((name, value),)))
+        (setup.id, name, value): replace(plain[setup.id], policies=(OURS,), switches=_switch(name, value))
         for setup in setups
-        for name, values in (("tick", ticks), ("safety", margins))
-        for value in values
+        for name in values
+        for value in values[name]
     }
 
     def rows(results: Results) -> list[Row]:
@@ -110,6 +113,11 @@ def knobs(scope: Scope) -> Part:
 
     cells = all_cells((*plain.values(), *changed.values()))
     return Part("e7", "Time between looks, and the margin of safety", cells, rows)
+
+
+def _switch(name: str, value: float) -> Switches:
+    """Nothing where that is the default: such cells are others' as well."""
+    return Switches() if getattr(StreamingSettings, name) == value else Switches(((name, value),))
 
 
 # ---- beyond the paper ------------------------------------------------------------------------------------
@@ -150,7 +158,9 @@ def beyond(scope: Scope) -> Part:
             row = f"e10.{id}.{name}"
             made.append(contest.over(results, "ttft_p99", id=f"{row}.ttft_p99", note=twist.title))
             made += [contest.over(results, one, id=f"{row}.{one}") for one in ("ttft_mean", "effective", "raw")]
-            made += [contest.over(results, one, id=f"{row}.{one}", bar="<= 0") for one in ("stall_mean",)]
+            made.append(contest.over(results, "stall_mean", id=f"{row}.stall_mean", bar="<= 0"))
+            reserving = BASELINES[0]
+            made += [contest.over(results, one, reserving, id=f"{row}.{one}") for one in ("ttft_p99", "effective")]
             made += [contest.row(results, one, id=f"{row}.{one}-ours") for one in ("stalled_share", "completed")]
         for id, contest in usual.items():
             made += _stalls(results, contest, f"e10.{id}")

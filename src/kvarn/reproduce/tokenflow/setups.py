@@ -82,7 +82,7 @@ CONDITIONS = {
     "h200": "Llama3-8B, memory fraction 0.3, 160 GB of host memory: enough for all",
     "h200-32b": "Qwen2.5-32B, memory fraction 0.6 (weights do not fit in 0.3), 160 GB of host memory",
     "h200-short": "as h200 with a quarter of the KV memory, and requests of a quarter of the length",
-    "host memory": "the same for every policy but qoe-recompute, which has none, as published",
+    "host memory": "the same for every policy that moves requests there; qoe-recompute has none, as published",
     "step times": "roofline of the maker's figures with assumed shares (src/kvarn/hardware/accelerators.toml)",
     "intervals": "95 %, Student's t over seeds; ratios pairwise by seed and in logarithms",
 }
