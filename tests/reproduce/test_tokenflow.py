@@ -98,7 +98,7 @@ def test_switches_change_what_runs() -> None:
     others = [
         Simulated(load, SMALL, "streaming", 0, switches).run()
         for switches in (
-            Switches((("offload", False),)), Switches(copies=CopyRules(overlap=False)), Switches((("tick", 2.0),)),
+            Switches(("offload=off",)), Switches(copies=CopyRules(overlap=False)), Switches(("tick=2",)),
         )
     ]  # fmt: skip
     assert usual["loads"] > 0 == others[0]["loads"]

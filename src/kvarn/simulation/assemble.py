@@ -15,7 +15,6 @@ from kvarn.serving.executors.simulated_copier import SimulatedCopier
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import CopyRules
 from kvarn.serving.kvcache.tiers import Tiers
-from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.policies.registry import make_policy
 
 
@@ -26,15 +25,13 @@ def simulated_engine(
     *,
     memory_fraction: float = 0.88,
     kv_share: float = 1.0,
-    policy: Policy | None = None,
     copy_rules: CopyRules = CopyRules(),
 ) -> Engine:
     """An engine whose clock is a `VirtualClock` and moves by modelled step times.
 
     The KV pool has `config.kv_memory_bytes`, or `kv_share` of what `memory_fraction` of the device leaves beside the
-    weights; a host tier, where `config` asks for one, is behind the device's link. `policy`, set up otherwise than
-    usual, takes the place of the one that `config` names; `copy_rules` say when blocks go to the host. Raises
-    KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
+    weights; a host tier, where `config` asks for one, is behind the device's link. `copy_rules` say when blocks go to
+    the host. Raises KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
     """
     config.validate()
     roofline = Roofline.of(accelerator, model, config.precision, config.kv_dtype)
@@ -46,7 +43,7 @@ def simulated_engine(
     slots = config.host_tier_bytes(num_blocks * block_bytes, accelerator.host_memory_bytes) // block_bytes
     return Engine(
         SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
-        make_policy(config) if policy is None else policy,
+        make_policy(config),
         cache,
         clock,
         token_budget=config.token_budget,

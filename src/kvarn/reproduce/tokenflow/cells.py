@@ -16,9 +16,6 @@ from kvarn.hardware.models import load_model_shape
 from kvarn.serving.config import EngineConfig, PolicyName
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.copies import CopyRules
-from kvarn.serving.policies.protocol import Policy
-from kvarn.serving.policies.streaming.policy import Streaming
-from kvarn.serving.policies.streaming.settings import StreamingSettings
 from kvarn.simulation import runner, workloads
 from kvarn.simulation.assemble import simulated_engine
 from kvarn.simulation.report import RequestRecord, playback, summarize
@@ -90,8 +87,8 @@ class Device:
 class Switches:
     """What of the streaming policy and its copies differs from the defaults."""
 
-    settings: tuple[tuple[str, Any], ...] = ()
-    """Of StreamingSettings."""
+    options: tuple[str, ...] = ()
+    """Of the policy, such as "tick=0.5"."""
     copies: CopyRules = field(default=CopyRules())
 
 
@@ -132,19 +129,15 @@ class Simulated:
             prefill_budget=accelerator.prefill_budget,
             max_running=accelerator.max_running,
             host_memory_bytes=0 if self.policy in _WITHOUT_HOST else self.device.host_bytes,
+            policy_options=self.switches.options,
             speculation="off",
         )
-        policy: Policy | None = None
-        if self.switches.settings:
-            settings = StreamingSettings(prefill_budget=config.prefill_budget, **dict(self.switches.settings))
-            policy = Streaming(settings)
         return simulated_engine(
             config,
             accelerator,
             model,
             memory_fraction=self.device.memory_fraction,
             kv_share=self.device.scale,
-            policy=policy,
             copy_rules=self.switches.copies,
         )
 

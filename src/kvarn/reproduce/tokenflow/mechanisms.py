@@ -20,16 +20,16 @@ from kvarn.serving.kvcache.copies import CopyRules
 _ABLATED: dict[str, tuple[Switches, float | None]] = {
     "no overlap": (Switches(copies=CopyRules(overlap=False)), 74.43 / 66.0),
     "no write-through": (Switches(copies=CopyRules(write_ahead="off")), 82.76 / 66.0),
-    "no offload": (Switches((("offload", False),)), 127.28 / 66.0),
+    "no offload": (Switches(("offload=off",)), 127.28 / 66.0),
 }
 """What is left out -> how, and the paper's time over that of the full method (its Table 2)."""
 _FURTHER: dict[str, Switches] = {
     "write in order": Switches(copies=CopyRules(write_ahead="in order")),
-    "no local search": Switches((("local_search", False),)),
-    "no hysteresis": Switches((("hysteresis", False),)),
-    "no pause": Switches((("pause", "off"),)),
-    "eager pause": Switches((("pause", "eager"),)),
-    "published gain": Switches((("gain", "published"),)),
+    "no local search": Switches(("local_search=off",)),
+    "no hysteresis": Switches(("hysteresis=off",)),
+    "no pause": Switches(("pause=off",)),
+    "eager pause": Switches(("pause=eager",)),
+    "published gain": Switches(("gain=published",)),
 }
 _COSTS = {400: "<= 0.4", 10_000: "<= 5"}
 """Requests -> milliseconds that a decision may take."""

@@ -117,7 +117,7 @@ def knobs(scope: Scope) -> Part:
 
 def _switch(name: str, value: float) -> Switches:
     """Nothing where that is the default: such cells are others' as well."""
-    return Switches() if getattr(StreamingSettings, name) == value else Switches(((name, value),))
+    return Switches() if getattr(StreamingSettings, name) == value else Switches((f"{name}={value:g}",))
 
 
 # ---- beyond the paper ------------------------------------------------------------------------------------
