@@ -78,6 +78,8 @@ class Engine:
         self.tiers = tiers
         self.costs = Costs()
         self.counters = Counters()
+        self.batch = Batch()
+        """What the last step computed."""
         self.wake_at = float("inf")
         """When the policy wants to be asked again, after a step in which it had nothing computed."""
         self.waiting: list[Request] = []
@@ -127,7 +129,7 @@ class Engine:
         now = self.clock.now()
         self._end_copies(now)
         self._expire(now)
-        batch = self._schedule(now)
+        batch = self.batch = self._schedule(now)
         while self.tiers is not None and self.tiers.copies_first:
             self.tiers.wait(_COPY_WAIT)
             self._end_copies(self.clock.now())

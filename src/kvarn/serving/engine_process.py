@@ -36,6 +36,7 @@ from kvarn.serving.api.messages import (
     Submit,
     ToEngine,
     TokenOutput,
+    Watch,
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
@@ -44,6 +45,7 @@ from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.processors import wait_gently
 from kvarn.serving.request import FinishReason, Request
 from kvarn.serving.settle import settle
+from kvarn.serving.streams_report import report_streams
 
 if TYPE_CHECKING:
     from kvarn.serving.assemble import LoadedEngine
@@ -102,6 +104,8 @@ class EngineProcess:
                 self.engine.cancel(message.id)
             case Acknowledge():
                 self.engine.acknowledge(message.id, message.tokens, message.fastest)
+            case Watch():
+                self.outbox.send(report_streams(self.engine, self._stats(), message.limit))
             case Shutdown():
                 self.stop()
 
@@ -163,6 +167,7 @@ class EngineProcess:
             drafted_tokens=totals.drafted_tokens,
             accepted_tokens=totals.accepted_tokens,
             loads=totals.loads,
+            loading=len(engine.loading),
             **_tier_stats(engine.tiers),
         )
 

@@ -29,9 +29,12 @@ from kvarn.serving.api.messages import (
     Shutdown,
     StartFailed,
     StepOutputs,
+    StreamReport,
+    StreamsReport,
     Submit,
     ToEngine,
     TokenOutput,
+    Watch,
 )
 from kvarn.serving.batch import TokenLogprobs
 
@@ -85,6 +88,15 @@ class Running:
             output.finish_reason = "deadline"
         return output
 
+    def report(self) -> StreamReport:
+        submit = self.submit
+        counts = {"prompt_tokens": len(submit.prompt), "output_tokens": self.sent}
+        reader = {"rate": submit.stream_rate, "unread_tokens": 0, "slack": 0.0, "stalls": 0, "stall_seconds": 0.0}
+        places = {"blocks": 4, "device_blocks": 3, "host_blocks": 2, "disk_blocks": 1}
+        return StreamReport(
+            submit.id, "running", False, 1.0, max_output_tokens=9, preemptions=0, **counts, **reader, **places
+        )
+
 
 class StandIn:
     def __init__(self, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
@@ -117,6 +129,10 @@ class StandIn:
                 self.running.pop(message.id, None)
             case Acknowledge():
                 log("acknowledge", id=message.id, tokens=message.tokens, fastest=message.fastest)
+            case Watch():
+                log("watch", limit=message.limit)
+                told = [request.report() for request in self.running.values()][: message.limit]
+                self.send(StreamsReport(EngineStats(running=len(self.running)), 0, told))
             case Shutdown():
                 log("shutdown")
                 self.alive = False

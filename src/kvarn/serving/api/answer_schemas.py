@@ -149,5 +149,84 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class KVPlaces(BaseModel):
+    """In blocks of the KV cache, each count that of leading blocks: one block may be in several places."""
+
+    needed: int
+    """What all of the stream's tokens fill."""
+    device: int
+    host: int
+    disk: int
+
+
+class Stream(BaseModel):
+    id: str
+    state: Literal["waiting", "loading", "running"]
+    paused: bool
+    """Runs, and had no part in the engine's last step: its reader has enough, or the step was full."""
+    age_seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    rate: float
+    """Tokens a second that the reader takes."""
+    unread_tokens: int
+    slack_seconds: float
+    """Until the reader waits; 0 while he does."""
+    stalls: int
+    stall_seconds: float
+    preemptions: int
+    blocks: KVPlaces
+
+
+class StreamCounts(BaseModel):
+    total: int
+    waiting: int
+    loading: int
+    running: int
+    """With those that are paused."""
+    paused: int
+
+
+class TierBlocks(BaseModel):
+    total: int
+    used: int
+    cached: int
+    """Part of `used` that nobody needs now; kept for who comes with the same tokens. Not told of the disk."""
+
+
+class TierTotals(BaseModel):
+    device: TierBlocks
+    host: TierBlocks
+    disk: TierBlocks
+
+
+class CopySpeeds(BaseModel):
+    """Bytes per second of recent copies; null before the first one."""
+
+    to_host: float | None
+    from_host: float | None
+    """Back to the device."""
+    to_disk: float | None
+    from_disk: float | None
+    """To the host."""
+
+
+class StreamList(BaseModel):
+    """All requests of the engine in numbers, and the most urgent ones one by one."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Stream]
+    """Who has waited longest for a token comes first; then who will run dry soonest."""
+    streams: StreamCounts
+    blocks: TierTotals
+    block_tokens: int
+    block_bytes: int
+    """0 where blocks are never copied."""
+    tokens_per_second: float
+    copy_bytes_per_second: CopySpeeds
+
+
 class Health(BaseModel):
     status: Literal["ok"]

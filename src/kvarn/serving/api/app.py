@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
@@ -19,12 +20,14 @@ from kvarn.serving.api.answer_schemas import (
     Model,
     ModelList,
     ResponseObject,
+    StreamList,
     Tokenized,
 )
 from kvarn.serving.api.chat_completions import ChatCompletions
 from kvarn.serving.api.completions import Completions
 from kvarn.serving.api.errors import ClientGone, explain
 from kvarn.serving.api.openapi import ERRORS, answer, asks, describe
+from kvarn.serving.api.pages import add_pages
 from kvarn.serving.api.responses import Responses
 from kvarn.serving.api.schemas import (
     ChatRequest,
@@ -35,7 +38,8 @@ from kvarn.serving.api.schemas import (
     TokenizeRequest,
 )
 from kvarn.serving.api.service import Service
-from kvarn.serving.api.small_endpoints import Condition, Models, Streams, Tokens
+from kvarn.serving.api.small_endpoints import Condition, Models, Tokens
+from kvarn.serving.api.streams import STREAMS_QUERY, Streams
 
 Handler = Callable[..., Awaitable[Response]]
 
@@ -63,14 +67,16 @@ def make_app(service: Service) -> FastAPI:
             path, handler, methods=["POST"], responses={200: answer(result, streams=streams)}, openapi_extra=asks(body)
         )
 
-    def get(path: str, handler: Handler, result: type[BaseModel] | None) -> None:
-        app.add_api_route(path, handler, methods=["GET"], responses={200: answer(result)})
+    def get(path: str, handler: Handler, result: type[BaseModel] | None, query: dict[str, Any] | None = None) -> None:
+        app.add_api_route(path, handler, methods=["GET"], responses={200: answer(result)}, openapi_extra=query)
 
     post("/v1/chat/completions", ChatCompletions(service).create, ChatRequest, ChatCompletion, streams=True)
     post("/v1/completions", Completions(service).create, CompletionRequest, Completion, streams=True)
     post("/v1/responses", Responses(service).create, ResponsesRequest, ResponseObject, streams=True)
     models, tokens, condition = Models(service), Tokens(service), Condition(service)
-    post("/v1/streams/{id}/read", Streams(service).read, ReadRequest, Health)
+    streams = Streams(service)
+    get("/v1/streams", streams.index, StreamList, STREAMS_QUERY)
+    post("/v1/streams/{id}/read", streams.read, ReadRequest, Health)
     get("/v1/models", models.index, ModelList)
     get("/v1/models/{model:path}", models.show, Model)
     post("/tokenize", tokens.tokenize, TokenizeRequest, Tokenized)
@@ -78,5 +84,6 @@ def make_app(service: Service) -> FastAPI:
     get("/health", condition.health, Health)
     get("/ready", condition.ready, Health)
     get("/metrics", condition.metrics, None)
+    add_pages(app)
     describe(app, bodies, keys=bool(service.config.api_keys))
     return app

@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
+import time
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -25,10 +27,13 @@ from kvarn.serving.api.messages import (
     Ready,
     Shutdown,
     StepOutputs,
+    StreamsReport,
     Submit,
     ToEngine,
     TokenOutput,
+    Watch,
 )
+from kvarn.serving.api.speed import Speed
 
 LONGEST_FOLDER = 70
 """Characters of the temporary folder's path that leave room for ours: a socket's path may have about 100."""
@@ -81,6 +86,8 @@ class EngineLink:
         self.stats = EngineStats()
         self._mailboxes: dict[str, Mailbox] = {}
         self._unstarted: set[str] = set()
+        self._questions: deque[asyncio.Future[StreamsReport | None]] = deque()
+        self._speed = Speed()
         self._context = zmq.Context()
         # Sending must work from synchronous code (a cancelled handler cannot await), so only receiving is async.
         self._push = self._context.socket(zmq.PUSH)
@@ -127,6 +134,25 @@ class EngineLink:
         if id in self._mailboxes:
             self._send(Acknowledge(id, tokens, fastest))
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens that the engine lately made."""
+        return self._speed.rate(time.monotonic())
+
+    async def report_streams(self, limit: int) -> StreamsReport | None:
+        """What the engine says of its `limit` most urgent streams; None when it ends before it answers."""
+        question: asyncio.Future[StreamsReport | None] = asyncio.get_running_loop().create_future()
+        self._questions.append(question)
+        self._send(Watch(limit))
+        return await question
+
+    def note_report(self, report: StreamsReport) -> None:
+        """Hand a report to who asked first."""
+        self._note_stats(report.stats)
+        question = self._questions.popleft()
+        if not question.done():  # nor did they leave meanwhile
+            question.set_result(report)
+
     def shut_down(self) -> None:
         self._send(Shutdown())
 
@@ -141,7 +167,7 @@ class EngineLink:
     def deliver(self, step: StepOutputs) -> None:
         """Drop one step's outputs into the mailboxes they belong to; news of cancelled requests is dropped."""
         if step.stats is not None:
-            self.stats = step.stats
+            self._note_stats(step.stats)
         for output in step.outputs:
             mailbox = self._mailboxes.get(output.id)
             if mailbox is None:
@@ -151,12 +177,20 @@ class EngineLink:
                 del self._mailboxes[output.id]
             mailbox.put(output)
 
+    def _note_stats(self, stats: EngineStats) -> None:
+        self.stats = stats
+        self._speed.note(time.monotonic(), stats.output_tokens)
+
     def fail_all(self, error: BaseException) -> None:
         failed = set(self._mailboxes.values())
         self._mailboxes.clear()
         self._unstarted.clear()
         for mailbox in failed:
             mailbox.fail(error)
+        for question in self._questions:
+            if not question.done():
+                question.set_result(None)
+        self._questions.clear()
 
     def close(self) -> None:
         self._push.close()

@@ -39,11 +39,18 @@ class Acknowledge(msgspec.Struct, tag="acknowledge", array_like=True):
     fastest: float
 
 
+class Watch(msgspec.Struct, tag="watch", array_like=True):
+    """What is there? Answered by one StreamsReport, between two steps; answers come in the order of the questions."""
+
+    limit: int
+    """Streams to tell of at most."""
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
 
 
-ToEngine = Submit | Cancel | Acknowledge | Shutdown
+ToEngine = Submit | Cancel | Acknowledge | Watch | Shutdown
 
 # ---- engine -> API ---------------------------------------------------------------------------------------
 
@@ -126,11 +133,54 @@ class EngineStats(msgspec.Struct, array_like=True):
     from_host_rate: float = 0.0
     to_disk_rate: float = 0.0
     from_disk_rate: float = 0.0
+    loading: int = 0
+    """Requests whose KV is on its way back to the device."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
     outputs: list[TokenOutput]
     stats: EngineStats | None = None
+
+
+class StreamReport(msgspec.Struct, array_like=True):
+    """One request as it stands. Times in seconds."""
+
+    id: str
+    state: str
+    """A RequestState value."""
+    paused: bool
+    """Runs, and had no part in the last step: its reader has enough, or the step was full."""
+    age: float
+    prompt_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    rate: float
+    """Tokens a second that its reader takes."""
+    unread_tokens: int
+    slack: float
+    """Until the reader waits; 0 while he does."""
+    stalls: int
+    stall_seconds: float
+    preemptions: int
+    blocks: int
+    """Blocks of KV that all its tokens fill; each number below counts leading ones of them."""
+    device_blocks: int
+    host_blocks: int
+    disk_blocks: int
+
+
+class StreamsReport(msgspec.Struct, tag="streams", array_like=True):
+    """All that the engine has; its most urgent requests one by one."""
+
+    stats: EngineStats
+    paused: int
+    """Requests that run and had no part in the last step."""
+    streams: list[StreamReport]
+    """Who has waited longest for a token comes first; then who will run dry soonest."""
+    host_idle: int = 0
+    """Blocks on the host that nobody needs now."""
+    block_bytes: int = 0
+    """Of KV in a block; 0 where nothing is ever copied."""
 
 
 class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
@@ -139,4 +189,4 @@ class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
     message: str
 
 
-FromEngine = Loading | Ready | StepOutputs | StartFailed
+FromEngine = Loading | Ready | StepOutputs | StreamsReport | StartFailed

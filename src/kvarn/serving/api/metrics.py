@@ -71,6 +71,7 @@ class Metrics:
         self.engine_up = Gauge("kvarn_engine_up", "1 while the engine serves.", registry=registry)
         self.waiting = Gauge("kvarn_sequences_waiting", "Sequences in the engine's queue.", registry=registry)
         self.running = Gauge("kvarn_sequences_running", "Sequences the engine is computing.", registry=registry)
+        self.loading = Gauge("kvarn_sequences_loading", "Sequences whose KV is being loaded.", registry=registry)
         self.blocks = Gauge("kvarn_kv_blocks", "KV cache blocks by state.", ["state"], registry=registry)
         self.host_blocks = Gauge("kvarn_kv_host_blocks", "Blocks of KV in host memory.", ["state"], registry=registry)
         self.disk_blocks = Gauge("kvarn_kv_disk_blocks", "Blocks of KV on disk.", ["state"], registry=registry)
@@ -87,6 +88,7 @@ class Metrics:
     def engine_stats(self, stats: EngineStats) -> None:
         self.waiting.set(stats.waiting)
         self.running.set(stats.running)
+        self.loading.set(stats.loading)
         for state in ("free", "active", "cached"):
             self.blocks.labels(state).set(getattr(stats, f"blocks_{state}"))
         self.host_blocks.labels("used").set(stats.host_blocks_used)
@@ -108,6 +110,7 @@ class Metrics:
         self._last = EngineStats()
         self.waiting.set(0)
         self.running.set(0)
+        self.loading.set(0)
 
     def render(self) -> bytes:
         """Prometheus text format."""

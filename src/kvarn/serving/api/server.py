@@ -181,7 +181,8 @@ class _Server:
         what = ""
         if link is not None and (ready := link.ready) is not None:
             what = f" ({ready.precision}, {ready.kv_dtype} cache, {ready.device})"
-        self._on_ready(f"{self._config.model_name}{what} at http://{shown}:{port}/v1")
+        address = f"http://{shown}:{port}"
+        self._on_ready(f"{self._config.model_name}{what} at {address}/v1\ndashboard at {address}/dashboard")
 
     def _listen_for_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from kvarn.errors import RequestError
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.errors import Unavailable
-from kvarn.serving.api.schemas import DetokenizeRequest, ReadRequest, TokenizeRequest, messages_json, tools_json
+from kvarn.serving.api.schemas import DetokenizeRequest, TokenizeRequest, messages_json, tools_json
 from kvarn.serving.api.service import Service
 
 
@@ -74,20 +74,6 @@ class Tokens:
         body = await read_body(request, DetokenizeRequest, service.config.max_body_bytes)
         service.check_model(body.model)
         return json_response({"prompt": await service.text.decode(body.tokens)})
-
-
-class Streams:
-    """/v1/streams/{id}/read: clients that show text tell how far their readers are, so that nobody need guess."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def read(self, request: Request, id: str) -> Response:
-        service = self._service
-        tenant = service.tenant(request)
-        body = await read_body(request, ReadRequest, service.config.max_body_bytes)
-        service.find(id, tenant).acknowledge(body.index, body.tokens, service.fastest_reader(tenant))
-        return json_response({"status": "ok"})
 
 
 class Condition:

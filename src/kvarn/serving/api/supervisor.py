@@ -22,7 +22,7 @@ from kvarn.models.sources import Progress
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import Unavailable
-from kvarn.serving.api.messages import EngineStats, Loading, Ready, StartFailed, StepOutputs
+from kvarn.serving.api.messages import EngineStats, Loading, Ready, StartFailed, StepOutputs, StreamsReport
 
 _log = logging.getLogger(__name__)
 
@@ -166,6 +166,8 @@ class EngineSupervisor:
                     link.deliver(step)
                     if step.stats is not None:
                         self._on_stats(step.stats)
+                case StreamsReport() as report:
+                    link.note_report(report)
                 case Loading(stage, fraction):
                     self._on_progress(stage, fraction)
                 case Ready() as ready:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvarn.serving.kvcache.pool import BlockPool
-from kvarn.serving.kvcache.prefix import ROOT, PrefixEntry, PrefixIndex, chain_hashes
+from kvarn.serving.kvcache.prefix import ROOT, PrefixEntry, PrefixIndex, chain_hashes, leading
 from kvarn.serving.request import Request
 
 
@@ -43,6 +43,12 @@ class KVCache:
         entries = self._match(request)
         idle = sum(self.pool.references(entry.block) == 0 for entry in entries)
         return PrefixHit(len(entries) * self.block_size, idle)
+
+    def device_blocks(self, request: Request) -> int:
+        """Leading blocks of a request whose KV is on the device, held or cached, as far as its hashes are known."""
+        if request.num_blocks:
+            return self.blocks_for(request.num_computed)
+        return leading(request.block_hashes, self.index.holds)
 
     def shares_prefix(self, request: Request, other: Request, tokens: int) -> bool:
         """Whether the blocks of the first `tokens` tokens of two requests will be the same. Looks at hashes alone."""

@@ -50,6 +50,11 @@ class HostIndex:
         return len(self._free) + len(self._idle)
 
     @property
+    def num_idle(self) -> int:
+        """Entries that may be evicted."""
+        return len(self._idle)
+
+    @property
     def num_entries(self) -> int:
         return len(self._by_hash)
 

@@ -8,7 +8,8 @@ if every token of every block before it is the same, whatever the hash function 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ def chain_hashes(
     return hashes
 
 
+def leading(hashes: Sequence[bytes], holds: Callable[[bytes], bool]) -> int:
+    """How many leading blocks of a chain a tier has, in a few look-ups: whoever comes later in a chain goes first.
+
+    For statistics: a block that is being copied may outlive those before it.
+    """
+    return bisect_left(hashes, True, key=lambda key: not holds(key))
+
+
 class PrefixEntry(NamedTuple):
     """One indexed block: the tokens it holds, after those of its parent."""
 
@@ -54,6 +63,10 @@ class PrefixIndex:
 
     def __contains__(self, block: int) -> bool:
         return block in self._by_block
+
+    def holds(self, key: bytes) -> bool:
+        """Whether the block of this hash is indexed; for statistics: tokens are not compared."""
+        return key in self._by_hash
 
     def match(self, hashes: Sequence[bytes], tokens: NDArray[np.int32], salt: str = "") -> list[PrefixEntry]:
         """The longest chain of entries that holds exactly the leading blocks of `tokens` for this tenant."""

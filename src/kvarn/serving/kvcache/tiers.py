@@ -26,6 +26,7 @@ from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
 from kvarn.serving.kvcache.disk import DiskEntry, DiskTier
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
+from kvarn.serving.kvcache.prefix import leading
 from kvarn.serving.request import Request
 
 _COPY_MEMORY = 0.8
@@ -58,12 +59,12 @@ class TierCounters:
 
 @dataclass(frozen=True, slots=True)
 class KVPlaces:
-    """Blocks of one request's KV on each tier; most are on several."""
+    """Leading blocks of one request's KV on each tier; most are on several."""
 
     device: int
     """Also partly filled ones."""
-    host: int
-    disk: int
+    host: int = 0
+    disk: int = 0
 
 
 class Tiers:
@@ -195,11 +196,9 @@ class Tiers:
 
     def places(self, request: Request) -> KVPlaces:
         """Where the KV of a request is now, each tier counted by itself."""
-        cache, size = self.cache, self.cache.block_size
-        device = cache.blocks_for(request.num_computed) if request.num_blocks else self._cached_blocks(request)
-        hashes = cache.hashes(request, request.num_tokens // size)
-        host = sum(map(self.host.holds, hashes))
-        return KVPlaces(device, host, 0 if self.disk is None else sum(map(self.disk.holds, hashes)))
+        hashes = self.cache.hashes(request, request.num_tokens // self.cache.block_size)
+        disk = 0 if self.disk is None else leading(hashes, self.disk.holds)
+        return KVPlaces(self.cache.device_blocks(request), leading(hashes, self.host.holds), disk)
 
     def load_seconds(self, request: Request, blocks: int) -> float:
         """Until all the `blocks` that a waiting request may load would be on the device, behind what is queued."""
