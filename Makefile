@@ -24,7 +24,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test test-all lint types format docs docs-serve check bench constraints clean
+.PHONY: help setup serve test test-all test-browser lint types format docs docs-serve check bench constraints clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -82,7 +82,10 @@ test: $(VENV)/.stamp-dev  ## set up if needed, then run the tests
 	@$(BIN)/python -m pytest $(TEST_FLAGS)
 
 test-all: $(VENV)/.stamp-dev  ## the tests and the slow ones
-	@$(BIN)/python -m pytest -m 'not gpu' $(TEST_FLAGS)
+	@$(BIN)/python -m pytest -m 'not gpu and not browser' $(TEST_FLAGS)
+
+test-browser: $(VENV)/.stamp-dev  ## the pages in a real browser: needs Chromium (Debian: apt install chromium)
+	@$(BIN)/python -m pytest -m browser $(TEST_FLAGS)
 
 lint: $(VENV)/.stamp-dev types  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
