@@ -48,18 +48,42 @@ async def _vanish(client: httpx.AsyncClient, rng: random.Random) -> None:
         pass
 
 
-def test_a_thousand_vanished_clients_leave_the_pool_empty(server: ServerProcess):
-    async def storm() -> None:
-        rng = random.Random(3)
-        limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-            for _ in range(25):
-                await asyncio.gather(*(_vanish(client, rng) for _ in range(40)))
+async def _storm(server: ServerProcess, waves: int) -> None:
+    """Waves of 40 clients, all of whom leave."""
+    rng = random.Random(3)
+    limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+        for _ in range(waves):
+            await asyncio.gather(*(_vanish(client, rng) for _ in range(40)))
 
-    asyncio.run(storm())
+
+def test_a_thousand_vanished_clients_leave_the_pool_empty(server: ServerProcess):
+    asyncio.run(_storm(server, 25))
     wait_until(lambda: _pool_is_empty(server), "no block is held and nothing runs")
     answer = httpx.post(f"{server.url}/v1/completions", json=_body(3, stream=False), timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 3
+
+
+def test_clients_that_vanish_while_kv_moves_between_three_small_tiers_harm_nobody(tmp_path: Path):
+    """The one who stays reads the text that he would have read alone."""
+    flags = ("--precision", "float32", "--policy", "round-robin", "--block-size", "8", "--kv-memory", "24MiB")
+    flags += ("--host-memory", "16MiB", "--disk-cache", str(tmp_path), "--disk-memory", "16MiB")
+    body = {**_body(60, stream=False), "temperature": 0}
+
+    async def beside_a_storm(server: ServerProcess) -> str:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            staying = asyncio.create_task(client.post("/v1/completions", json=body))
+            await _storm(server, 4)
+            return str((await staying).json()["choices"][0]["text"])
+
+    with serve(*flags) as server:
+        alone = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        assert asyncio.run(beside_a_storm(server)) == alone
+        wait_until(lambda: _pool_is_empty(server), "no block is held and nothing runs")
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] == alone
+        assert server.metric("kvarn_kv_to_host_bytes_total") > 0 and server.metric("kvarn_kv_to_disk_bytes_total") > 0
+        assert server.metric("kvarn_preemptions_total") > 0
+        assert server.metric("kvarn_engine_restarts_total") == 0, server.log.read_text()
 
 
 def test_half_a_request_and_a_reset_connection_do_no_harm(server: ServerProcess):

@@ -295,7 +295,10 @@ class DiskTier:
             self.block_seconds = _averaged(self.block_seconds, job.seconds / good)
         if good < len(job.entries) and job.error is None:
             self.bad_blocks += 1
-            self.index.drop(job.entries[good])  # a slot is filled by one read at a time, so nobody else has it
+            # Those behind it too: a file is seldom damaged in one place only, and they are computed anew anyway. A slot
+            # is filled by one read at a time, so nobody else has them.
+            for entry in reversed(job.entries[good:]):
+                self.index.drop(entry)
 
     def _start_writes(self, host: HostIndex) -> None:
         limit = max(1, min(_WRITES, host.num_slots // 4))

@@ -89,14 +89,15 @@ class DiskFile:
             opened.pop_all()
 
     def scan(self) -> Iterator[tuple[int, Header]]:
-        """The number and the header of each record that has a valid one."""
+        """The number and the header of each record that has a valid one, and a content of some kind."""
         size = self._header_bytes
+        contents = (os.fstat(self._blocks).st_size - self._content_bytes) // self._stride + 1
         batch = max(1, _SCANNED_BYTES // size)
         for start in range(0, self.num_records, batch):
             found = os.pread(self._index, min(batch, self.num_records - start) * size, _PAGE + start * size)
             for place in range(len(found) // size):
                 header = self._unpacked(start + place, found[place * size : (place + 1) * size])
-                if header is not None:
+                if header is not None and start + place < contents:
                     yield start + place, header
 
     def write(self, record: int, header: Header, content: bytes | memoryview) -> Header:
