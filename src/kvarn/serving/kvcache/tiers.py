@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from operator import attrgetter
 from time import monotonic
@@ -26,6 +27,7 @@ from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
 from kvarn.serving.kvcache.disk import DiskEntry, DiskTier
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
+from kvarn.serving.kvcache.mirrors import Mirrors
 from kvarn.serving.kvcache.prefix import leading
 from kvarn.serving.request import Request
 
@@ -92,9 +94,7 @@ class Tiers:
         """What copying a block has lately taken, each way."""
         self.blocks_in_flight = dict.fromkeys(Direction, 0)
         """Blocks queued or being copied, each way."""
-        self._mirrors: dict[str, list[HostEntry]] = {}
-        self._tails: dict[str, HostEntry] = {}
-        """The partial last blocks of requests that were put away: found by their owners alone, and used once."""
+        self._mirrors = Mirrors(cache, self.host, partial(self._start, Direction.TO_HOST))
         self._flights: dict[CopyJob, _Flight] = {}
         self._arrivals = Arrivals(self.host, disk)
         self._barred: set[str] = set()
@@ -120,42 +120,15 @@ class Tiers:
 
     def unmirrored(self, request: Request) -> int:
         """Blocks of a running request that have no copy on the host, finished or under way; a partial one counts."""
-        return self.cache.blocks_for(request.num_computed) - len(self._mirrors.get(request.id, ()))
+        return self.cache.blocks_for(request.num_computed) - len(self._mirrors.of(request))
 
     def mirror(self, request: Request, limit: int) -> int:
         """Queue copies of at most `limit` of a running request's full blocks that have none; how many were queued.
 
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
-        size, mirrors = self.cache.block_size, self._mirrors.get(request.id, [])
         self._barred.discard(request.id)
-        full = request.num_computed // size
-        if len(mirrors) >= full:
-            return 0
-        salt = self.cache.salt(request)
-        hashes = self.cache.hashes(request, full)
-        blocks: list[int] = []
-        entries: list[HostEntry] = []
-        starts: list[int] = []
-        while len(mirrors) < full and len(blocks) < limit:
-            i = len(mirrors)
-            key, parent = hashes[i], hashes[i - 1] if i else b""
-            tokens = request.tokens[i * size : (i + 1) * size].tobytes()
-            entry = self.host.find(key, parent, tokens, salt)
-            if entry is None:
-                entry = self.host.reserve(key, parent, tokens, salt)
-                if entry is None:
-                    break
-                blocks.append(int(request.block_table[i]))
-                entries.append(entry)
-                starts.append(i * size)
-            self.host.pin(entry)
-            mirrors.append(entry)
-        if mirrors:
-            self._mirrors[request.id] = mirrors
-        if blocks:
-            self._start(Direction.TO_HOST, blocks, entries, starts)
-        return len(blocks)
+        return self._mirrors.extend(request, limit)
 
     def offload(self, leaving: Sequence[Request], staying: Sequence[Request], now: float) -> None:
         """Queue copies of all that is new of requests that are about to leave the device.
@@ -165,12 +138,10 @@ class Tiers:
         """
         missing = sum(map(self.unmirrored, leaving)) - self.host.num_available
         for request in sorted(staying, key=lambda request: request.reader.slack(now)) if missing > 0 else ():
-            mirrors = self._mirrors.get(request.id, [])
-            while missing > 0 and mirrors and mirrors[-1].clean and mirrors[-1].pins == 1:
-                self.host.unpin(mirrors.pop())
-                missing -= 1
+            missing -= self._mirrors.give_up(request, missing)
         for request in leaving:
-            self._put_away(request)
+            self._barred.discard(request.id)
+            self._mirrors.put_away(request)
 
     def write_ahead(self, running: Sequence[Request], now: float, seconds: float) -> None:
         """Copy new blocks, as many as a step of so many seconds has time for, of those who can soonest do without."""
@@ -257,7 +228,7 @@ class Tiers:
                     self._barred.add(flight.request.id)
                 else:
                     self.cache.fill(flight.request, sum(map(_tokens_in, flight.entries)))
-                    self._drop_tail(flight.request)
+                    self._mirrors.drop_tail(flight.request)
                 arrived.append((flight.request, not failed))
         for read in self.disk.collect(self.host) if self.disk is not None else ():
             self._drop(self._arrivals.end_read(read))
@@ -271,9 +242,7 @@ class Tiers:
                 flight.request = None
         self._arrivals.forget(request)
         self._barred.discard(request.id)
-        self._drop_tail(request)
-        for entry in reversed(self._mirrors.pop(request.id, [])):
-            self.host.unpin(entry)
+        self._mirrors.forget(request)
 
     def wait(self, seconds: float) -> None:
         """Return when something that a request may wait for has ended, or after `seconds`; at once without any."""
@@ -298,8 +267,8 @@ class Tiers:
         self.host.check()
         self.cache.check(holders, self.held_blocks())
         pins: dict[HostEntry, int] = {}
-        held = [*self._mirrors.values(), *(flight.entries for flight in self._flights.values())]
-        held += [self._arrivals.pinned(), list(self._tails.values())]
+        held = [self._mirrors.pinned(), self._arrivals.pinned()]
+        held += [flight.entries for flight in self._flights.values()]
         if self.disk is not None:
             held.append(self.disk.pinned())
             self.disk.index.check()
@@ -314,35 +283,7 @@ class Tiers:
         """Forget host blocks whose content is wrong; of who mirrored them, those behind no longer count."""
         for entry in entries:
             self.host.drop(entry)
-        for mirrors in self._mirrors.values():
-            for i, entry in enumerate(mirrors):
-                if entry.lost:
-                    for other in mirrors[i:]:
-                        self.host.unpin(other)
-                    del mirrors[i:]
-                    break
-        for id in [id for id, tail in self._tails.items() if tail.lost]:
-            self.host.unpin(self._tails.pop(id))
-
-    def _put_away(self, request: Request) -> None:
-        """Queue copies of all that a running request holds and the host does not: it gives up its blocks."""
-        size, full = self.cache.block_size, request.num_computed // self.cache.block_size
-        self.mirror(request, full)
-        self._drop_tail(request)
-        if request.num_computed == full * size or len(self._mirrors.get(request.id, ())) < full:
-            return
-        parent = self.cache.hashes(request, full)[full - 1] if full else b""
-        tokens = request.tokens[full * size : request.num_computed].tobytes()
-        tail = self.host.reserve(f"tail {request.id}".encode(), parent, tokens, self.cache.salt(request))
-        if tail is not None:
-            self.host.pin(tail)
-            self._tails[request.id] = tail
-            self._start(Direction.TO_HOST, [int(request.block_table[full])], [tail], [full * size])
-
-    def _drop_tail(self, request: Request) -> None:
-        """It is used, or will be out of date."""
-        if tail := self._tails.pop(request.id, None):
-            self.host.drop(tail)
+        self._mirrors.drop_lost()
 
     def _cached_blocks(self, request: Request) -> int:
         return self.cache.lookup(request).tokens // self.cache.block_size
@@ -352,7 +293,7 @@ class Tiers:
         if request.id in self._barred:
             return []
         found = self._match_full(request, first)
-        tail, last = self._tails.get(request.id), first + len(found)
+        tail, last = self._mirrors.tail(request), first + len(found)
         if tail is not None and tail.clean and tail.parent == (request.block_hashes[last - 1] if last else b""):
             found.append(tail)
         return found
@@ -361,7 +302,7 @@ class Tiers:
         size, salt = self.cache.block_size, self.cache.salt(request)
         usable = (request.num_tokens - 1) // size  # the last token is always computed
         # Its own copies need not be looked for: they are pinned.
-        own = self._mirrors.get(request.id, [])[first:usable]
+        own = self._mirrors.of(request)[first:usable]
         found: list[HostEntry | DiskEntry] = [*takewhile(attrgetter("clean"), own)]
         if len(found) < len(own) or first + len(found) >= usable:
             return found
