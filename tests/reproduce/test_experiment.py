@@ -189,6 +189,13 @@ def test_workers_end_with_a_run_that_was_killed(tmp_path: Path) -> None:
     assert _run_script(tmp_path, alone=False, victim="os.getppid()").stdout == "4\n"
 
 
+def test_a_worker_that_dies_ends_the_run_in_words_and_keeps_what_is_done(tmp_path: Path) -> None:
+    died = _run_script(tmp_path, alone=False, victim="os.getpid()")
+    assert died.returncode == 1
+    assert "KvarnError: a worker process died" in died.stderr
+    assert _run_script(tmp_path, alone=False, victim="os.getpid()").stdout == "4\n"
+
+
 def test_a_damaged_cell_is_measured_again(tmp_path: Path) -> None:
     plan = Plan.of(_experiment(Square(3, str(tmp_path / "log"))), Scope())
     plan.run(tmp_path / "out")

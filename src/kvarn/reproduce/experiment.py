@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
@@ -157,6 +158,11 @@ def _computed(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
+            except BrokenProcessPool as error:
+                raise KvarnError(
+                    "a worker process died, perhaps for want of memory; started again with the same --output, "
+                    "the run goes on where it was"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
