@@ -53,6 +53,19 @@ def test_text_is_right_whatever_the_schedule(prompts, num_blocks, budget, max_ru
     assert engine.executor.alive == set()
 
 
+def test_who_gave_way_goes_on_before_those_who_came_with_him_and_have_not_begun():
+    engine = make_engine(num_blocks=12, max_running=2)
+    for i in range(6):
+        engine.add(make_request(f"r{i}", list(range(1 + i, 17 + i)), 16))
+    first: list[str] = []
+    while engine.has_work:
+        for emission in engine.step():
+            if emission.finish_reason is not None:
+                first.append(emission.request.id)
+    assert engine.counters.preemptions > 0
+    assert first == [f"r{i}" for i in range(6)]
+
+
 def test_small_pool_preempts_and_still_finishes_everyone():
     engine = make_engine(num_blocks=12, token_budget=64)
     for i in range(6):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
-from bisect import bisect_left, insort
+from bisect import bisect_left, insort, insort_left
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -190,7 +190,7 @@ class Engine:
             else:
                 self.cache.release(request)
                 request.move_to(RequestState.WAITING)
-                insort(self.waiting, request, key=_rank)
+                insort_left(self.waiting, request, key=_rank)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -336,7 +336,8 @@ class Engine:
         request.moved_at = self.clock.now()
         request.preemptions += 1
         self.counters.preemptions += 1
-        insort(self.waiting, request, key=_rank)
+        # Before those who came at the same moment and have not begun.
+        insort_left(self.waiting, request, key=_rank)
 
     def _finish(
         self, request: Request, reason: FinishReason, *, error: str | None = None, emission: Emission | None = None
