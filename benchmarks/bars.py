@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.machine_tables import limit_share, memory_beyond, neighbour_rates
+from benchmarks.streaming_tables import OURS, ratio_to
 from benchmarks.tables import (
     CLASSES,
     MOST_KL,
@@ -169,6 +170,30 @@ def _overhead(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
         yield Bar("memory beyond weights and KV pool", who, 400, memory_beyond(session) / 1e6, "MB", at_most=True)
 
 
+def _streaming(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
+    data = found["streaming"]
+    sessions, asked = good(data), data["conditions"]
+    if OURS not in sessions:
+        return
+    burst = f"{asked['requests']} at once, KV cache for 1/{asked['over_commit']:g} of them"
+    for other in ("kvarn-fcfs", "vllm-bf16"):
+        if other in sessions:
+            first = ratio_to(sessions, other, "TTFT P99 s").value
+            yield Bar("streaming, P99 TTFT", f"{burst}; times {label(other, sessions)}", 0.35, first, at_most=True)
+    if "kvarn-fcfs" in sessions:
+        raw = ratio_to(sessions, "kvarn-fcfs", "tokens/s").value
+        yield Bar("streaming, throughput", f"{burst}; times {label('kvarn-fcfs', sessions)}", 0.95, raw)
+
+
+def _simulator(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
+    rows = found["simulator"]["rows"]
+    for policy, trace in dict.fromkeys((row["policy"], row["trace"]) for row in rows):
+        same = [row["errors"] for row in rows if (row["policy"], row["trace"]) == (policy, trace)]
+        for title in same[0]:
+            error = 100 * abs(median(errors[title] for errors in same))
+            yield Bar("simulator's error", f"{policy}, {trace}: {title}", 10, error, "%", at_most=True)
+
+
 SOURCES: dict[str, Callable[[Results, Callable[[str], bool]], Iterator[Bar]]] = {
     "offline": _offline,
     "long_context": _long_context,
@@ -177,4 +202,6 @@ SOURCES: dict[str, Callable[[Results, Callable[[str], bool]], Iterator[Bar]]] = 
     "step": _step,
     "overhead": _overhead,
     "neighbours": _neighbours,
+    "streaming": _streaming,
+    "simulator": _simulator,
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, machine_tables, tables
+from benchmarks import bars, machine_tables, streaming_tables, tables
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -67,6 +67,8 @@ RENDERERS: dict[str, Renderer] = {
     "step": lambda data, _: tables.step_table(data),
     "speculation": lambda data, _: machine_tables.speculation_table(data),
     "linear": lambda data, _: tables.linear_table(data),
+    "streaming": lambda data, _: streaming_tables.streaming_table(data),
+    "simulator": lambda data, _: streaming_tables.simulator_table(data),
     "gpu": lambda data, _: machine_tables.gpu_table(data),
 }
 

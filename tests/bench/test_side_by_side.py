@@ -86,6 +86,38 @@ def test_merging_keeps_the_others_and_replaces_what_is_measured_again() -> None:
         results.Results("offline", CONDITIONS | {"threads": 1}, merge=True)
 
 
+def test_streaming_is_compared_seed_by_seed_and_held_to_its_bars() -> None:
+    conditions = {
+        "model": "m", "threads": 2, "requests": 2, "input_tokens": 8, "output_tokens": 8, "deviation": 2.0,
+        "over_commit": 5.0, "kv_tokens": 16, "stream_rate": 8.0,
+    }  # fmt: skip
+    kept = results.Results("streaming", conditions, merge=False)
+    for name, waits in (("kvarn-streaming", (1.0, 2.0)), ("kvarn-fcfs", (4.0, 4.0)), ("vllm-bf16", (8.0, 5.0))):
+        bursts = []
+        for seed, wait in enumerate(waits):
+            records = [RequestRecord(0.0, 8, (first, wait + 8.0), 8.0) for first in (0.1, wait)]
+            report = summarize(records).to_json()
+            bursts.append({"seed": seed, **report, "counted": {"preemptions": 3.0}, "foreign_cores": 0.0})
+        about = {"version": "1", "label": name, "weights": "bf16", "settings": "defaults"}
+        kept.add_session(name, {"about": about, "start_seconds": 1.0, "bursts": bursts}, first=True)
+    render.render(kept.path)
+    table = kept.path.with_suffix(".md").read_text()
+    assert "| over | TTFT mean s | TTFT P99 s | tokens/s | effective tokens/s |" in table
+    render.render_bars(kept.path.parent)
+    rows = [
+        line.split("|")[1:] for line in (kept.path.parent / "bars.md").read_text().splitlines() if "streaming," in line
+    ]
+    verdicts = {
+        (what.strip(), condition.split("; times ")[1].strip()): verdict.strip()
+        for what, condition, _, _, verdict, _ in rows
+    }
+    assert verdicts == {
+        ("streaming, P99 TTFT", "kvarn-fcfs"): "**missed**",
+        ("streaming, P99 TTFT", "vllm-bf16"): "holds",
+        ("streaming, throughput", "kvarn-fcfs"): "holds",
+    }
+
+
 def test_served_bursts_become_one_row_a_server() -> None:
     times = tuple(1.0 + j / 10 for j in range(11))
     burst = {**summarize([RequestRecord(0.5, 8, times)], stream_rate=20.0).to_json(), "foreign_cores": 0.0}
@@ -114,7 +146,7 @@ def test_bars_are_told_from_results_with_the_condition_and_what_was_not_measured
         "| decode, batch 16 | kvarn bf16 (KL within 0.02) against vLLM bf16 | ≥ 1.3 x | 1.17 x | **missed** |" in table
     )
     assert "1 of 3 hold" in table
-    assert "Not measured: limits, long_context, neighbours, overhead, served, step." in table
+    assert "Not measured: limits, long_context, neighbours, overhead, served, simulator, step, streaming." in table
 
 
 def test_a_share_of_the_limit_counts_what_a_precision_reads_and_in_which_arithmetic_it_multiplies() -> None:

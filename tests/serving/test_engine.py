@@ -59,9 +59,7 @@ def test_who_gave_way_goes_on_before_those_who_came_with_him_and_have_not_begun(
         engine.add(make_request(f"r{i}", list(range(1 + i, 17 + i)), 16))
     first: list[str] = []
     while engine.has_work:
-        for emission in engine.step():
-            if emission.finish_reason is not None:
-                first.append(emission.request.id)
+        first += [emission.request.id for emission in engine.step() if emission.finish_reason is not None]
     assert engine.counters.preemptions > 0
     assert first == [f"r{i}" for i in range(6)]
 
