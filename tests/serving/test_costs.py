@@ -35,3 +35,26 @@ def test_without_facts_estimates_are_finite_and_grow():
     costs = Costs()
     assert 0 < costs.decode_seconds(1, 0) < costs.decode_seconds(64, 10_000) < 1
     assert costs.prefill_seconds(0) == 0 < costs.prefill_seconds(10)
+
+
+def test_the_level_is_followed_at_once_and_other_batches_are_not_forgotten():
+    """A machine that becomes half as fast, while all batches are of one size."""
+
+    def seconds(rows: int) -> float:
+        return 0.010 + 0.0005 * rows
+
+    costs = Costs()
+    for rows in (*range(1, 33), *range(1, 33)):
+        costs.note_step(rows, 300 * rows, 0, seconds(rows))
+    for _ in range(60):
+        costs.note_step(32, 9600, 0, 2 * seconds(32))
+    assert costs.decode_seconds(32, 9600) == pytest.approx(2 * seconds(32), rel=0.1)
+    assert costs.decode_seconds(8, 2400) == pytest.approx(2 * seconds(8), rel=0.35)
+
+
+def test_one_step_that_was_held_up_says_little():
+    costs = Costs()
+    for _ in range(50):
+        costs.note_step(8, 800, 0, 0.010)
+    costs.note_step(8, 800, 0, 5.0)
+    assert costs.decode_seconds(8, 800) < 0.014

@@ -20,7 +20,7 @@ OFFLOADING: frozenset[PolicyName] = frozenset({"streaming", "round-robin", "leas
 """Policies that take requests off the device while others wait, and bring them back."""
 AUTO = -1
 """A size that is chosen where the engine is built."""
-_POOLS = 4
+_POOLS = 8
 """A host tier of automatic size holds so many times the KV pool, if there is memory for it."""
 _SHARE_OF_FREE_MEMORY = 0.25
 

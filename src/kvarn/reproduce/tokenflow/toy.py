@@ -97,7 +97,7 @@ class _Watched:
 def play() -> Played:
     """Serve the three for 14 seconds with the paper's numbers: looks once a second, three seconds to give way."""
     played, clock = Played(), VirtualClock()
-    policy = _Watched(Streaming(StreamingSettings(tick=1.0, safety=3.0)), played)
+    policy = _Watched(Streaming(StreamingSettings(tick=1.0, safety=3.0, horizon=1.0)), played)
     executor = Metronome(clock, _STEPS_PER_SECOND)
     engine = Engine(
         executor, policy, KVCache(executor.num_blocks, 4), clock,

@@ -50,24 +50,25 @@ class Candidates:
         """What bringing each back would take."""
         self.gone_seconds = 0.0
         """What giving its blocks up would take, for one with little that is not on the host."""
+        loaded = np.zeros(len(self.requests), dtype=np.bool_)
         if snapshot.tiers is not None and settings.offload:
             queue = snapshot.tiers.read_seconds(0)
             block = snapshot.tiers.read_seconds(1) - queue
-            self.back_seconds = np.minimum(self.back_seconds, queue + np.ceil(crowd.tokens / size) * block)
+            loading = queue + np.ceil(crowd.tokens / size) * block
+            loaded = loading < max(1, count) * self.back_seconds
+            self.back_seconds = np.where(loaded, loading, self.back_seconds)
             self.gone_seconds = snapshot.tiers.write_seconds(1)
         self.switch_seconds = self.gone_seconds + float(self.back_seconds.mean()) if self.requests else 0.0
         self.critical = settings.tick + self.switch_seconds + 2 * self.step_seconds
         """Seconds of slack below which nobody is taken off the device."""
-        # Who comes back computes what his last, partial block held, while all others wait.
-        self.waits = count * costs.prefill_seconds(size) / 2
-        """Seconds that everybody's readers together lose when one comes back."""
+        self.charge = np.where(loaded, self.gone_seconds + self.back_seconds, count * self.back_seconds)
+        """Seconds of decoding that readers together lose when one comes back: all wait for what is computed again, and
+        what is loaded takes blocks that serve nobody meanwhile."""
         self.stay = 0.0
         """Seconds that everybody stays where he was moved to."""
         if settings.hysteresis:
             steps, switches = settings.residence_steps, settings.residence_switches
-            self.stay = max(
-                steps * self.step_seconds, switches * self.switch_seconds, self.waits / settings.switch_share
-            )
+            self.stay = max(steps * self.step_seconds, switches * self.switch_seconds)
         # Who has been without tokens for long comes first, the longest of them before the others.
         thirst = now - crowd.dry - settings.patience * settings.tick
         self.starving = np.isfinite(crowd.dry) & (thirst > 0)
@@ -80,10 +81,10 @@ class Candidates:
         overhead = self.back_seconds.copy()
         overhead[: self.num_residents] = 0.0
         slack = np.maximum(0.0, crowd.slack - overhead)
-        scale = settings.tick + self.switch_seconds
+        scale = settings.horizon * (settings.tick + self.switch_seconds)
         gain = gains(slack, slack * crowd.rates, self.length, overhead, estimates.delay, scale, settings)
         if settings.hysteresis:
-            gain[self.num_residents :] -= self.waits
+            gain[self.num_residents :] -= self.charge[self.num_residents :]
         return gain
 
     def _pinned(self, now: float, settings: StreamingSettings) -> tuple[Mask, Mask]:
@@ -248,7 +249,8 @@ def _paused(table: Candidates, paused: frozenset[str], newcomers: bool, settings
     short = table.slack[:count] < table.critical
     if settings.pause == "needed":
         short &= table.rates[:count] * table.step_seconds > 1.0
-    if settings.pause == "off" or not (short.any() or (newcomers and settings.pause == "eager")):
+    called_for = short.any() or (newcomers and settings.pause == "eager") or settings.pause == "always"
+    if not called_for or settings.pause == "off":
         return frozenset()
     unread = table.unread[:count].tolist()
     return frozenset(

@@ -40,7 +40,7 @@ class Streaming:
         self._critical = self._stay = 0.0
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
-        if not self._stressed:
+        if not self._stressed and self.settings.pause != "always":
             step = self._calm.plan(snapshot)
             if step.admitted == len(snapshot.waiting) and not step.evicted and self._is_schedulable(snapshot, now):
                 return step.decision()

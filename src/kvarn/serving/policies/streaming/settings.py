@@ -23,6 +23,9 @@ class StreamingSettings:
     """How far the number of requests served at once is held back from what memory allows (lambda of Eq. 5)."""
     urgency: float = 10.0
     """Weight of an empty buffer against a token's own value (gamma, in queueing delays)."""
+    horizon: float = 6.0
+    """Slack over which urgency falls to 1/e, in ticks and detours. A long one shares slack out evenly, which forgives
+    readers who are faster than they say."""
     gain: Literal["corrected", "published"] = "corrected"
     """"published": Eq. 3 to the letter, whose sign ranks an empty buffer last and whose scale is tokens."""
     retention: float = 1.2
@@ -35,8 +38,6 @@ class StreamingSettings:
     """Steps that a request stays where it was moved to, at least."""
     residence_switches: float = 4.0
     """And so many times as long as a move takes."""
-    switch_share: float = 0.1
-    """And so long that what is computed again after moves takes at most this share of the time."""
     patience: float = 2.0
     """Ticks after which a reader who waits in the middle of his text comes before everything."""
     max_preemptions: int = 64
@@ -56,10 +57,11 @@ class StreamingSettings:
 
     offload: bool = True
     """Copy what has no copy before giving it up, and load instead of recomputing where that is faster."""
-    pause: Literal["needed", "eager", "off"] = "needed"
+    pause: Literal["needed", "eager", "always", "off"] = "needed"
     """When well-supplied residents skip steps: while somebody short of tokens reads faster than steps with all of them
-    come; or while anybody is short of tokens or waits. A step costs little less for a row less, so eager pauses cost
-    tokens per second, and with them newcomers' time; they raise the share of tokens that are made just in time."""
+    come; or while anybody is short of tokens or waits; or even while nobody is. A step costs little less for a row
+    less, so the latter two cost tokens per second, and with them the time of newcomers and the buffers that bursts are
+    survived with; they raise the share of tokens that are made just in time."""
     local_search: bool = True
     hysteresis: bool = True
     """Retention, minimum residence, and the charge for what others wait when somebody comes back."""
@@ -77,7 +79,7 @@ class StreamingSettings:
 
     def __post_init__(self) -> None:
         """KvarnError naming the setting that cannot work."""
-        for field in ("tick", "safety", "urgency", "overload", "load_ahead"):
+        for field in ("tick", "safety", "urgency", "horizon", "overload", "load_ahead"):
             if not getattr(self, field) > 0:
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected a number above 0")
         if not 0 <= self.contraction <= 1:
