@@ -77,6 +77,8 @@ class Device:
     host_gigabytes: int
     scale: float = 1.0
     """Share of its KV memory, on the device and the host."""
+    link: float = 1.0
+    """Share of the bandwidth between both."""
 
     @property
     def host_bytes(self) -> int:
@@ -90,6 +92,8 @@ class Switches:
     options: tuple[str, ...] = ()
     """Of the policy, such as "tick=0.5"."""
     copies: CopyRules = field(default=CopyRules())
+    one_way: bool = False
+    """Whether the link to the host moves one way at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,13 @@ class Simulated:
         return figures
 
     def _engine(self) -> Engine:
-        accelerator, model = load_accelerator(self.device.hardware), load_model_shape(self.device.model)
+        device, model = load_accelerator(self.device.hardware), load_model_shape(self.device.model)
+        accelerator = replace(
+            device,
+            device_to_host=device.device_to_host * self.device.link,
+            host_to_device=device.host_to_device * self.device.link,
+            duplex=device.duplex and not self.switches.one_way,
+        )
         config = EngineConfig(
             model=model.name,
             policy=self.policy,

@@ -13,8 +13,10 @@ from kvarn.reproduce.tokenflow.cells import Device, Load, Simulated, Switches
 from kvarn.serving.config import PolicyName
 
 OURS: PolicyName = "streaming"
-BASELINES: tuple[PolicyName, ...] = ("fcfs-conservative", "fcfs")
-"""First come, first served: with everything reserved before, and with chunked prompts and as many as fit now."""
+BASELINE: PolicyName = "fcfs-conservative"
+"""First come, first served, with everything reserved before: nobody is taken off the device."""
+GREEDY: PolicyName = "fcfs"
+"""With as many as fit now; who came last gives way when blocks are short, and computes everything again."""
 FIGURES: dict[str, tuple[str, str, bool]] = {
     "ttft_mean": ("mean TTFT", "s", True),
     "ttft_p50": ("median TTFT", "s", True),
@@ -40,7 +42,7 @@ class Contest:
     load: Load
     device: Device
     seeds: tuple[int, ...]
-    policies: tuple[PolicyName, ...] = (*BASELINES, OURS)
+    policies: tuple[PolicyName, ...] = (BASELINE, GREEDY, OURS)
     switches: Switches = field(default=Switches())
     """Of ours."""
     pictured: bool = False
@@ -58,35 +60,28 @@ class Contest:
         """One for each seed."""
         return [results[self.cell(policy, seed)][figure] for seed in self.seeds]
 
-    def best(self, results: Results, figure: str, among: Iterable[PolicyName] = BASELINES) -> PolicyName:
-        """Whose median is best."""
-        less = FIGURES[figure][2]
-        medians = {policy: median(self.values(results, figure, policy)) for policy in among}
-        return (min if less else max)(medians, key=medians.__getitem__)
-
     def over(
         self,
         results: Results,
         figure: str,
-        other: PolicyName | None = None,
+        against: PolicyName = BASELINE,
         *,
         id: str,
         bar: str = "",
         published: float | None = None,
         note: str = "",
     ) -> Row:
-        """Our figure over another policy's, by default the better of the two first come, first served.
+        """Our figure over another policy's.
 
         Stalls are compared by their difference in seconds: a policy without any has no ratio to itself.
         """
-        against = other or self.best(results, figure)
         ours, theirs = self.values(results, figure), self.values(results, figure, against)
         text, unit, _ = FIGURES[figure]
         absolute = figure.startswith("stall")
         estimate = difference(ours, theirs) if absolute else ratio(ours, theirs)
         words = f"{median(ours):.3g} {'less' if absolute else 'over'} {median(theirs):.3g} {unit}"
         return Row(
-            id=id if other is None else f"{id}.vs-{other}",
+            id=id if against == BASELINE else f"{id}.vs-{against}",
             metric=f"{text}, {'difference' if absolute else 'ratio'} to {against}",
             unit=unit if absolute else "x",
             measured=estimate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,12 +19,15 @@ from kvarn.reproduce.tokenflow.toy import Toy
 from kvarn.serving.kvcache.copies import CopyRules
 
 _ABLATED: dict[str, tuple[Switches, float | None]] = {
-    "no overlap": (Switches(copies=CopyRules(overlap=False)), 74.43 / 66.0),
+    "no overlap": (Switches(one_way=True), 74.43 / 66.0),
     "no write-through": (Switches(copies=CopyRules(write_ahead="off")), 82.76 / 66.0),
     "no offload": (Switches(("offload=off",)), 127.28 / 66.0),
 }
 """What is left out -> how, and the paper's time over that of the full method (its Table 2)."""
+_SLOW_LINK = 0.2
+"""Of the bandwidth: what copies in pieces of 2 KiB reach, as in a pool that is laid out by layer and token."""
 _FURTHER: dict[str, Switches] = {
+    "nothing beside the compute": Switches(copies=CopyRules(overlap=False)),
     "write in order": Switches(copies=CopyRules(write_ahead="in order")),
     "no local search": Switches(("local_search=off",)),
     "no hysteresis": Switches(("hysteresis=off",)),
@@ -31,6 +35,7 @@ _FURTHER: dict[str, Switches] = {
     "eager pause": Switches(("pause=eager",)),
     "published gain": Switches(("gain=published",)),
 }
+_ABLATION_FIGURES = ("makespan", "ttft_p99", "ttft_mean", "e2el_mean", "effective", "preemptions")
 _COSTS = {400: "<= 0.4", 10_000: "<= 5"}
 """Requests -> milliseconds that a decision may take."""
 
@@ -56,46 +61,50 @@ def example(scope: Scope) -> Part:
 
 
 def ablation(scope: Scope) -> Part:
-    """Burst (b) on the RTX 4090 without one thing at a time."""
+    """Burst (b) on the RTX 4090 without one thing at a time, on its link and on one that copies in small pieces."""
     setup = BURSTS[1]
-    switches = {name: how for name, (how, _) in _ABLATED.items()} | ({} if scope.quick else _FURTHER)
-    full = Contest(setup.load, setup.device, tuple(scope.seeds), (OURS,), pictured=True)
-    without = {
-        name: Contest(setup.load, setup.device, tuple(scope.seeds), (OURS,), how) for name, how in switches.items()
+    links = {"": setup.device, "slow-link.": replace(setup.device, name="rtx4090-slow-link", link=_SLOW_LINK)}
+    paper = {name: how for name, (how, _) in _ABLATED.items()}
+    switches = {"": paper | ({} if scope.quick else _FURTHER), "slow-link.": paper}
+    contests = {
+        (link, name): Contest(setup.load, device, tuple(scope.seeds), (OURS,), how)
+        for link, device in links.items()
+        for name, how in ({"full": Switches()} | switches[link]).items()
     }
 
-    def share(results: Results, name: str, figure: str) -> Estimate:
-        return ratio(without[name].values(results, figure), full.values(results, figure))
+    def share(results: Results, link: str, name: str, figure: str) -> Estimate:
+        return ratio(contests[link, name].values(results, figure), contests[link, "full"].values(results, figure))
+
+    def row(results: Results, link: str, name: str, figure: str) -> Row:
+        text, unit, _ = FIGURES[figure]
+        ours, base = (median(contests[link, one].values(results, figure)) for one in (name, "full"))
+        known = _ABLATED[name][1] if figure == "makespan" and name in _ABLATED else None
+        note = f"{ours:.4g} over {base:.4g} {unit}" + ("; the paper's table names no figure" if known else "")
+        id = f"e8.{link}{name.replace(' ', '-')}.{figure}"
+        estimate = share(results, link, name, figure)
+        return Row(id, f"{text}, {name} over full", "x", estimate, "simulated", known, note=note)
 
     def rows(results: Results) -> list[Row]:
         made = []
-        for name in without:
-            published = _ABLATED[name][1] if name in _ABLATED else None
-            for figure in ("makespan", "ttft_p99", "ttft_mean", "e2el_mean", "effective", "preemptions"):
-                text, unit, _ = FIGURES[figure]
-                ours, base = (median(one.values(results, figure)) for one in (without[name], full))
-                known = published if figure == "makespan" else None
-                note = f"{ours:.4g} over {base:.4g} {unit}"
-                if known is not None:
-                    note += "; the paper's table names no figure"
-                id = f"e8.{name.replace(' ', '-')}.{figure}"
-                metric = f"{text}, {name} over full"
-                made.append(Row(id, metric, "x", share(results, name, figure), "simulated", known, note=note))
-            made.append(without[name].row(results, "stall_mean", id=f"e8.{name.replace(' ', '-')}.stall_mean"))
-        times = [1.0, *(share(results, name, "makespan").value for name in _ABLATED)]
-        kept = Estimate(float(all(a < b for a, b in pairwise(times))))
-        order = "full < no overlap < no write-through < no offload, in makespan"
-        made.append(Row("e8.order", order, "1: yes", kept, "simulated", 1, "= 1"))
+        for link, names in switches.items():
+            for name in names:
+                made += [row(results, link, name, figure) for figure in _ABLATION_FIGURES]
+                id = f"e8.{link}{name.replace(' ', '-')}.stall_mean"
+                made.append(contests[link, name].row(results, "stall_mean", id=id))
+            times = [1.0, *(share(results, link, name, "makespan").value for name in _ABLATED)]
+            kept = Estimate(float(all(a < b for a, b in pairwise(times))))
+            order = "full < no overlap < no write-through < no offload, in makespan"
+            made.append(Row(f"e8.{link}order", order, "1: yes", kept, "simulated", 1, "= 1"))
         return made
 
     def draw(results: Results, folder: Path) -> None:
-        times = {name: share(results, name, "makespan") for name in without}
+        times = {name: share(results, "", name, "makespan") for name in switches[""]}
         pictures.draw_ablation(
             {"full": Estimate(1.0, 1.0, 1.0), **times}, folder / "ablation.png", "Makespan of burst (b), RTX 4090"
         )
 
     title = "Burst (b) on the RTX 4090 without one thing at a time"
-    return Part("e8", title, all_cells((full, *without.values())), rows, draw)
+    return Part("e8", title, all_cells(contests.values()), rows, draw)
 
 
 def overhead(scope: Scope) -> Part:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvarn.reproduce.statistics import Estimate
-from kvarn.reproduce.tokenflow.contest import BASELINES, OURS
+from kvarn.reproduce.tokenflow.contest import BASELINE, OURS
 from kvarn.serving.config import PolicyName
 from kvarn.simulation.plots import canvas, save
 
@@ -29,7 +29,7 @@ def draw_burst(runs: Mapping[PolicyName, dict[str, Any]], path: Path, title: str
     axes[0][0].set(title="Time to first token", xlabel="seconds", ylabel="share of requests", ylim=(0, 1.02))
     axes[0][0].set_xscale("symlog", linthresh=1.0)
     axes[0][0].set_xlim(left=0)
-    for policy in (OURS, BASELINES[0]):
+    for policy in (OURS, BASELINE):
         series, colour = runs[policy]["series"], _COLOURS[policy]
         axes[0][1].plot(series["times"], series["slack_p50"], color=colour, label=f"{policy}, median, 10 to 90 %")
         axes[0][1].fill_between(series["times"], series["slack_p10"], series["slack_p90"], color=colour, alpha=0.2)

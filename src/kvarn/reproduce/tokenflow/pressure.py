@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from kvarn.reproduce.contract import Row, Scope
 from kvarn.reproduce.experiment import Part, Results
+from kvarn.reproduce.statistics import level, ratio
 from kvarn.reproduce.tokenflow import pictures
-from kvarn.reproduce.tokenflow.cells import Device, Load
-from kvarn.reproduce.tokenflow.contest import BASELINES, OURS, Contest, all_cells
+from kvarn.reproduce.tokenflow.cells import RATE, Device, Load, Switches
+from kvarn.reproduce.tokenflow.contest import BASELINE, FIGURES, GREEDY, OURS, Contest, all_cells
 from kvarn.reproduce.tokenflow.setups import BURSTS, H200, H200_32B, RTX4090, SHORT_BURST, Setup, stream, trace
 from kvarn.serving.config import PolicyName
 from kvarn.simulation.workloads import Gamma
@@ -21,6 +23,8 @@ _CLUMPS = 3.0
 """Coefficient of variation of the gaps between requests where the paper has a production trace."""
 _TRACE_RATE = {RTX4090: 1.5, H200_32B: 3.0}
 """Requests a second: their bursts are more than the device can serve at once, their mean is not."""
+PACED: PolicyName = "fcfs-paced"
+QOE: PolicyName = "qoe-recompute"
 
 
 class _Claim(NamedTuple):
@@ -63,7 +67,10 @@ def motivation(scope: Scope) -> Part:
     minutes = 2
     contests = {
         (setup.device.name, share): Contest(
-            _clumped(setup, share * _FULL_LOAD[setup.device], minutes * 60), setup.device, tuple(scope.seeds), BASELINES
+            _clumped(setup, share * _FULL_LOAD[setup.device], minutes * 60),
+            setup.device,
+            tuple(scope.seeds),
+            (BASELINE, GREEDY),
         )
         for setup in (BURSTS[0],) + (() if scope.quick else (BURSTS[2],))
         for share in loads
@@ -72,9 +79,9 @@ def motivation(scope: Scope) -> Part:
     def rows(results: Results) -> list[Row]:
         made = []
         for (device, share), contest in contests.items():
-            for policy in BASELINES:
+            for policy in (BASELINE, GREEDY):
                 id = f"e1.{device}.load-{share:g}.{policy}"
-                waits, speed = ("> 1.3", "> 40") if share == 1.0 and policy == BASELINES[0] else ("", "")
+                waits, speed = ("> 1.3", "> 40") if share == 1.0 and policy == BASELINE else ("", "")
                 note = "paper: a production trace, peak"
                 made += [
                     contest.row(results, "ttft_p99", policy, id=f"{id}.ttft_p99", bar=waits, published=20, note=note),
@@ -92,8 +99,9 @@ def _clumped(setup: Setup, rate: float, seconds: float) -> Load:
 def bursts(scope: Scope) -> Part:
     """Bursts (a) and (b), and every baseline."""
     setups = (*BURSTS[:2], SHORT_BURST) if scope.quick else BURSTS
-    policies: tuple[PolicyName, ...] = (*BASELINES, "fcfs-paced", "qoe-recompute", OURS)
+    policies = (BASELINE, GREEDY, PACED, QOE, OURS)
     contests = {s.id: Contest(s.load, s.device, tuple(scope.seeds), policies, pictured=True) for s in setups}
+    paced = {id: _always_paused(contest) for id, contest in contests.items()}
 
     def rows(results: Results) -> list[Row]:
         made = []
@@ -101,12 +109,11 @@ def bursts(scope: Scope) -> Part:
             for figure, published, bar in _BURST:
                 made.append(contest.over(results, figure, id=f"e2.{id}.{figure}", published=published, bar=bar))
             made.append(contest.row(results, "stall_mean", id=f"e2.{id}.stall"))
-            for figure, published, bar in _BURST:
-                name = f"e2.{id}.{figure}"
-                made.append(contest.over(results, figure, BASELINES[0], id=name, published=published, bar=bar))
-            for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1"), ("raw", "")):
-                made.append(contest.over(results, figure, "fcfs-paced", id=f"e2.{id}.{figure}", bar=bar))
-            made += [contest.over(results, figure, "qoe-recompute", id=f"e2.{id}.{figure}") for figure, _, _ in _BURST]
+            made.append(_floor(results, contest, f"e2.{id}.ttft_floor"))
+            made += _beside_pacing(results, contest, paced[id], f"e2.{id}")
+            for other in (GREEDY, QOE):
+                made += [contest.over(results, figure, other, id=f"e2.{id}.{figure}") for figure, _, _ in _BURST]
+            made.append(contest.row(results, "stall_mean", GREEDY, id=f"e2.{id}.stall-{GREEDY}"))
         return made
 
     def draw(results: Results, folder: Path) -> None:
@@ -115,7 +122,37 @@ def bursts(scope: Scope) -> Part:
             pictures.draw_burst(runs, folder / f"burst-{id}.png", f"Burst {id}, simulated, seed {contest.seeds[0]}")
 
     title = "Bursts (a) and (b) against every baseline"
-    return Part("e2", title, all_cells(contests.values()), rows, draw)
+    return Part("e2", title, all_cells((*contests.values(), *paced.values())), rows, draw)
+
+
+def _always_paused(contest: Contest) -> Contest:
+    """Ours at the same load, when it paces its readers even while nobody needs the device."""
+    return replace(contest, policies=(OURS,), switches=Switches(("pause=always",)), pictured=False)
+
+
+def _beside_pacing(results: Results, contest: Contest, paced: Contest, id: str) -> list[Row]:
+    """Against first come, first served with pacing: as it is, and with both pacing all the time."""
+    made = []
+    for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1"), ("raw", "")):
+        made.append(contest.over(results, figure, PACED, id=f"{id}.{figure}", bar=bar))
+        values = ratio(paced.values(results, figure), contest.values(results, figure, PACED))
+        text, _, _ = FIGURES[figure]
+        metric = f"{text}, ratio of pause=always to {PACED}"
+        made.append(Row(f"{id}.{figure}.always.vs-{PACED}", metric, "x", values, "simulated", None, bar))
+    return made
+
+
+def _floor(results: Results, contest: Contest, id: str) -> Row:
+    """What the last TTFT cannot be below if nobody is to stall: the last token is read within a text's reading time of
+    its first one, so at this throughput somebody begins no sooner than a reading time before the end."""
+    floors = []
+    for seed in contest.seeds:
+        reading = max((spec.output_tokens / (spec.stream_rate or RATE)) for spec in contest.load.specs(seed))
+        floors.append(max(0.0, results[contest.cell(OURS, seed)]["makespan"] - reading))
+    theirs = contest.values(results, "ttft_p99", BASELINE)
+    metric = f"last TTFT without stalls at our throughput, at best, ratio to {BASELINE}'s P99"
+    floor = level([ours / other for ours, other in zip(floors, theirs, strict=True)])
+    return Row(id, metric, "x", floor, "model", note=f"{median(floors):.3g} over {median(theirs):.3g} s")
 
 
 def streams(scope: Scope) -> Part:
@@ -127,11 +164,13 @@ def streams(scope: Scope) -> Part:
     base = {RTX4090: BURSTS[0], H200: BURSTS[2]}
     contests = {
         (setup := stream(base[device], name, rate, seconds[device] * (3 if name == "idle" else 1))).id: Contest(
-            setup.load, device, tuple(scope.seeds), (*BASELINES, "fcfs-paced", OURS)
+            setup.load, device, tuple(scope.seeds), (BASELINE, GREEDY, PACED, OURS)
         )
         for device, pairs in rates.items()
         for name, rate in pairs
     }
+
+    paced = {id: _always_paused(contest) for id, contest in contests.items() if not id.endswith("idle")}
 
     def rows(results: Results) -> list[Row]:
         made = []
@@ -143,15 +182,12 @@ def streams(scope: Scope) -> Part:
                 continue
             for figure, published, bar in _STREAM:
                 made.append(contest.over(results, figure, id=f"e3.{id}.{figure}", published=published, bar=bar))
-            against: list[tuple[str, PolicyName]] = [
-                ("effective", "fcfs-conservative"), ("ttft_mean", "fcfs-conservative"), ("effective", "fcfs-paced"),
-                ("ttft_p99", "fcfs-paced"),
-            ]  # fmt: skip
-            made += [contest.over(results, figure, other, id=f"e3.{id}.{figure}") for figure, other in against]
+            made += [contest.over(results, claim.figure, GREEDY, id=f"e3.{id}.{claim.figure}") for claim in _STREAM]
+            made += _beside_pacing(results, contest, paced[id], f"e3.{id}")
         return made
 
     title = "Poisson (c) and (d), and parity when under-loaded"
-    return Part("e3", title, all_cells(contests.values()), rows)
+    return Part("e3", title, all_cells((*contests.values(), *paced.values())), rows)
 
 
 def traces(scope: Scope) -> Part:
@@ -160,22 +196,22 @@ def traces(scope: Scope) -> Part:
     devices: tuple[Device, ...] = (RTX4090,) if scope.quick else (RTX4090, H200_32B)
     setups: list[Setup] = [trace(device, _TRACE_RATE[device], minutes) for device in devices]
     contests = [
-        Contest(setup.load, setup.device, tuple(scope.seeds), (*BASELINES, "fcfs-paced", OURS), pictured=True)
+        Contest(setup.load, setup.device, tuple(scope.seeds), (BASELINE, GREEDY, PACED, OURS), pictured=True)
         for setup in setups
     ]
+    paced = [_always_paused(contest) for contest in contests]
 
     def rows(results: Results) -> list[Row]:
         made = []
-        for contest in contests:
+        for contest, beside in zip(contests, paced, strict=True):
             device = contest.device
             note = "paper: an A6000" if device is RTX4090 else ""
-            for other in (None, BASELINES[0]):
-                for figure, known, bar in _TRACE:
-                    published = _TRACE_EFFECTIVE[device] if figure == "effective" else known
-                    id = f"e4.{device.name}.{figure}"
-                    made.append(contest.over(results, figure, other, id=id, published=published, bar=bar, note=note))
-            for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1")):
-                made.append(contest.over(results, figure, "fcfs-paced", id=f"e4.{device.name}.{figure}", bar=bar))
+            for figure, known, bar in _TRACE:
+                published = _TRACE_EFFECTIVE[device] if figure == "effective" else known
+                id = f"e4.{device.name}.{figure}"
+                made.append(contest.over(results, figure, id=id, published=published, bar=bar, note=note))
+                made.append(contest.over(results, figure, GREEDY, id=id))
+            made += _beside_pacing(results, contest, beside, f"e4.{device.name}")
         return made
 
     def draw(results: Results, folder: Path) -> None:
@@ -185,4 +221,4 @@ def traces(scope: Scope) -> Part:
             pictures.draw_burst(runs, folder / f"trace-{name}.png", f"Trace on {name}, simulated")
 
     title = f"A BurstGPT-like trace of {minutes} minutes"
-    return Part("e4", title, all_cells(contests), rows, draw)
+    return Part("e4", title, all_cells((*contests, *paced)), rows, draw)
