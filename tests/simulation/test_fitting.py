@@ -16,13 +16,13 @@ from kvarn.simulation.fitting import StepSample, fit
 SHAPE = load_model_shape("smollm2")
 CPU = load_accelerator("cpu")
 TRUTH = replace(
-    CPU, step_seconds=2e-3, sequence_seconds=7e-5, weights_share=0.9, compute_share=0.5, kv_share=0.3,
-    attention_share=0.2,
+    CPU, step_seconds=2e-3, sequence_seconds=7e-5, chunk_seconds=4e-3, weights_share=0.9, compute_share=0.5,
+    kv_share=0.3, attention_share=0.2,
 )  # fmt: skip
 WORKS = [
     *(Work.of([(past, 1)] * rows, rows) for rows in (1, 2, 4, 8, 16, 32, 64) for past in (20, 400, 1500)),
     *(Work.of([(past, count)], 1) for past in (0, 512, 1500) for count in (8, 32, 128, 512)),
-    *(Work.of([(300, 1)] * rows + [(64, 128)], rows) for rows in (1, 8, 30)),
+    *(Work.of([(300, 1)] * rows + [(64, 128 // n)] * n, rows) for rows in (1, 8, 30) for n in (1, 2, 4)),
 ]
 
 
@@ -38,7 +38,7 @@ def test_what_made_the_samples_is_found_again(overlap: bool) -> None:
     found = fit([sample(truth, work) for work in WORKS], Roofline(replace(CPU, overlap=overlap), SHAPE))
     for field in found.fitted:
         assert getattr(found.accelerator, field) == pytest.approx(getattr(truth, field), rel=1e-3)
-    assert len(found.fitted) == 6
+    assert len(found.fitted) == 7
     assert max(found.median_error, found.p90_error, abs(found.total_error)) < 1e-3
 
 
@@ -49,6 +49,15 @@ def test_interrupted_steps_count_little() -> None:
     assert found.median_error < 0.05
     assert found.accelerator.compute_share == pytest.approx(TRUTH.compute_share, rel=0.1)
     assert found.accelerator.weights_share == pytest.approx(TRUTH.weights_share, rel=0.2)
+
+
+def test_noise_does_not_make_the_model_fast() -> None:
+    rng = np.random.default_rng(0)
+    samples = [sample(TRUTH, work, factor) for work in WORKS for factor in rng.uniform(0.6, 1.4, 30)]
+    found = fit(samples, Roofline(CPU, SHAPE))
+    assert abs(found.total_error) < 0.03
+    assert all(abs(each.total_error) < 0.05 for each in found.regimes)
+    assert sum(each.steps for each in found.regimes) == len(samples)
 
 
 def test_what_no_sample_shows_stays_as_it_was() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +23,7 @@ _KV_BYTES = 256 * 2**20
 _WHAT = {
     "step_seconds": ("overhead of a step", "{:.2f} ms", 1e3),
     "sequence_seconds": ("overhead of a sequence", "{:.1f} us", 1e6),
+    "chunk_seconds": ("overhead of a prompt", "{:.2f} ms", 1e3),
     "weights_share": ("reading weights", "{:.1f} GB/s", 1e-9),
     "compute_share": ("multiplying", "{:.0f} GFLOP/s", 1e-9),
     "kv_share": ("reading keys and values", "{:.1f} GB/s", 1e-9),
@@ -46,7 +47,7 @@ def calibrate(
         model=model, precision=precision, kv_dtype=kv_dtype, speculation="off", share_prefixes=False,
         kv_memory_bytes=_KV_BYTES,
     )  # fmt: skip
-    repeats, memory = 3, free_bytes(usable_device("cpu"))
+    repeats, memory = 2, free_bytes(usable_device("cpu"))
     with progress_bar() as progress:
         task = progress.add_task("loading", total=repeats * len(calibration.PLAN))
         loaded = load_engine(config)
@@ -61,11 +62,17 @@ def calibrate(
     save_accelerator(
         fit.accelerator, output,
         [f"Written by kvarn calibrate: {title}, {len(samples)} steps.",
-         f"Error of step times: {fit.median_error:.1%} median, {fit.p90_error:.1%} at P90."],
+         f"Error of step times: {fit.median_error:.1%} median, {fit.p90_error:.1%} at P90.",
+         *(f"{each.name}: {each.median_error:.1%} median, {each.total_error:+.1%} together." for each in fit.regimes)],
     )  # fmt: skip
     if as_json:
         errors = {"median_error": fit.median_error, "p90_error": fit.p90_error, "total_error": fit.total_error}
-        typer.echo(json.dumps({"profile": str(output), "steps": len(samples), "fitted": fit.fitted, **errors}))
+        regimes = [asdict(each) for each in fit.regimes]
+        typer.echo(
+            json.dumps(
+                {"profile": str(output), "steps": len(samples), "fitted": fit.fitted, **errors, "regimes": regimes}
+            )
+        )
         return
     _print(fit, len(samples), output)
 
@@ -79,7 +86,9 @@ def _print(fit: fitting.Fit, steps: int, output: Path) -> None:
         value = form.format(getattr(device, field) * peaks.get(field, 1.0) * unit)
         table.add_row(what, value if field in fit.fitted else f"{value} (assumed)")
     table.add_row("error of a step", f"{fit.median_error:.1%} median, {fit.p90_error:.1%} P90")
-    table.add_row(f"error of all {steps} steps", f"{fit.total_error:+.1%}")
+    for each in fit.regimes:
+        table.add_row(f"  {each.name}", f"{each.median_error:.1%} median, {each.total_error:+.1%} together")
+    table.add_row(f"error of all {steps} steps together", f"{fit.total_error:+.1%}")
     console = Console()
     console.print(table)
     console.print(

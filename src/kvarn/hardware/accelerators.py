@@ -39,6 +39,8 @@ class Accelerator:
     """Seconds that a step takes beside all that: scheduling, launching, sampling."""
     sequence_seconds: float
     """Further seconds for each sequence in a step."""
+    chunk_seconds: float
+    """Further seconds for each sequence that computes several tokens, where attention takes prompts one by one."""
     host_memory_bytes: int
     """Bytes of host memory for offloaded KV."""
     host_to_device: float
@@ -59,7 +61,7 @@ class Accelerator:
             value = getattr(self, field)
             if not 0 < value < float("inf"):
                 raise KvarnError(f"{field} of {self.name} is {value}; expected a number above 0")
-        for field in ("step_seconds", "sequence_seconds"):
+        for field in ("step_seconds", "sequence_seconds", "chunk_seconds"):
             value = getattr(self, field)
             if not 0 <= value < float("inf"):
                 raise KvarnError(f"{field} of {self.name} is {value}; expected seconds from 0 on")

@@ -4,7 +4,8 @@
 
     layers        read every weight once; operations of all tokens
     output layer  read it once; operations of the sampled tokens
-    attention     of each sequence: read its keys and values; operations of its queries with them
+    attention     of each sequence: read its keys and values; operations of its queries with them; with several
+                  tokens, what a call for it alone takes
 
 The first two take the longer of their two times where the device reads and multiplies at once, their sum where it takes
 turns (`Accelerator.overlap`); attention the longer one. Prefill is bound by operations and decode by what it reads; a
@@ -95,11 +96,11 @@ class Roofline:
     def seconds(self, decodes: int, decode_context: int, chunks: Iterable[tuple[int, int]], sampled: int) -> float:
         """`step_seconds` of the `Work` with these fields, without making one."""
         tokens, sequences = decodes, decodes
-        attention = decode_context * self._decode_token
+        attention, chunk_seconds = decode_context * self._decode_token, self.accelerator.chunk_seconds
         for past, count in chunks:
             tokens += count
             sequences += 1
-            attention += max((past + count) * self._kv_token, query_key_pairs(past, count) * self._pair)
+            attention += chunk_seconds + max((past + count) * self._kv_token, query_key_pairs(past, count) * self._pair)
         if not tokens:
             return 0.0
         accelerator = self.accelerator

@@ -22,20 +22,34 @@ from kvarn.simulation.fitting import StepSample
 
 @dataclass(frozen=True)
 class Round:
-    """Requests that are handed over together."""
+    """Requests that are handed over together, and some that come while those decode."""
 
     requests: int
     prompt_tokens: int
     output_tokens: int
+    newcomers: tuple[tuple[int, ...], ...] = ()
+    """Prompt lengths of requests that want one token each; those of a group come together, groups some steps apart."""
 
 
 WARM_UP = (Round(32, 64, 8), Round(1, 512, 2))
+_NEWCOMERS = ((16,), (150,), (50, 40, 60), (90,), (30, 30))
 PLAN = (
-    *(Round(requests, 24, 16) for requests in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)),
-    *(Round(1, length, 1) for length in (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)),
-    Round(1, 2000, 12), Round(4, 700, 12), Round(12, 200, 12),
+    *(
+        Round(requests, length, 22, _NEWCOMERS)
+        for requests, length in (
+            (16, 50), (1, 400), (32, 100), (4, 60), (8, 300), (24, 40), (2, 100), (48, 60), (1, 40), (12, 150),
+            (4, 400), (32, 40), (8, 60), (16, 200), (3, 200), (24, 100),
+        )
+    ),
+    *(Round(1, length, 1) for length in (8, 32, 96, 256, 512)),
+    Round(1, 1500, 8),
 )  # fmt: skip
-"""Decoding alone and in batches, prompts alone and beside readers, short and long contexts."""
+"""What serving does: few and many readers of short and of long contexts, and prompts beside them and alone.
+
+In no order of size, so that a machine whose speed drifts makes no sort of step look slow.
+"""
+_APART = 4
+"""Steps without a prompt before each group."""
 
 
 class _Watch:
@@ -66,39 +80,48 @@ class _Watch:
         return self.executor.execute(batch)
 
 
-def time_steps(engine: Engine, *, repeats: int = 3, on_round: Callable[[], None] = lambda: None) -> list[StepSample]:
+def time_steps(engine: Engine, *, repeats: int = 2, on_round: Callable[[], None] = lambda: None) -> list[StepSample]:
     """Run `PLAN` on an idle engine, `repeats` times after a warm-up; every step that computed something.
 
-    A step comes again in every repeat, and the fastest counts: nothing else wanted the machine then. The engine must
-    share no prefixes and speculate nothing. `on_round` is called after each of the repeats * len(PLAN) rounds.
+    The engine must share no prefixes and speculate nothing. `on_round` is called after each of the
+    repeats * len(PLAN) rounds.
     """
     watch = _Watch(engine.executor)
     engine.executor = watch
     rng = np.random.default_rng(0)
-    turns: list[list[StepSample]] = []
+    samples: list[StepSample] = []
     try:
         for one in WARM_UP:
             list(_steps(engine, watch, one, rng))
         for _ in range(repeats):
-            turns.append([])
             for one in PLAN:
-                turns[-1].extend(_steps(engine, watch, one, rng))
+                samples.extend(_steps(engine, watch, one, rng))
                 on_round()
     finally:
         engine.executor = watch.executor
-    return [min(same, key=lambda sample: sample.seconds) for same in zip(*turns, strict=True)]
+    return samples
 
 
 def _steps(engine: Engine, watch: _Watch, one: Round, rng: np.random.Generator) -> Iterator[StepSample]:
     if one.prompt_tokens + one.output_tokens > engine.max_context:
         return
-    params = SamplingParams(temperature=0.0, max_tokens=one.output_tokens, ignore_eos=True)
-    for i in range(min(one.requests, engine.max_running)):
-        prompt = rng.integers(0, engine.vocab_size, one.prompt_tokens).astype(np.int32)
-        engine.add(Request.create(f"calibrate-{i}", prompt, params, arrival=engine.clock.now()))
+    for number in range(min(one.requests, engine.max_running)):
+        _add(engine, f"calibrate-{number}", one.prompt_tokens, one.output_tokens, rng)
+    newcomers, decoded = list(one.newcomers), 0
     while engine.has_work:
         started, forward = perf_counter(), watch.forward_seconds
         engine.step()
         if watch.work.tokens:
             yield StepSample(watch.work, perf_counter() - started, watch.forward_seconds - forward)
+        decoded = 0 if watch.work.chunks else decoded + 1
+        if newcomers and decoded == _APART:
+            decoded = 0
+            for number, prompt_tokens in enumerate(newcomers.pop(0)):
+                _add(engine, f"calibrate-newcomer-{number}", prompt_tokens, 1, rng)
         watch.work = Work()
+
+
+def _add(engine: Engine, id: str, prompt_tokens: int, output_tokens: int, rng: np.random.Generator) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+    prompt = rng.integers(0, engine.vocab_size, prompt_tokens).astype(np.int32)
+    engine.add(Request.create(id, prompt, params, arrival=engine.clock.now()))
