@@ -36,3 +36,8 @@ class EngineDead(KvarnError):
 
 class IllegalTransition(RuntimeError):
     """A state machine was asked for a move its table does not have: always a bug."""
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, in a message that names the file already."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

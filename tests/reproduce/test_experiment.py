@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from kvarn.errors import KvarnError
-from kvarn.reproduce.contract import Row, Scope, meets
+from kvarn.reproduce.contract import Row, Scope, meets, table
 from kvarn.reproduce.experiment import Experiment, Part, Plan, Results
 from kvarn.reproduce.statistics import Estimate, difference, level, ratio
 
@@ -47,6 +49,26 @@ def test_a_row_is_what_the_contract_says() -> None:
     }  # fmt: skip
     plain = Row("e2.b", "stall", "s", Estimate(math.inf), "real").to_json()
     assert (plain["measured"], plain["bar"], plain["holds"], plain["published"]) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(("width", "below"), [(None, False), (200, False), (100, False), (66, True)])
+def test_a_table_is_cut_by_whole_columns_and_never_wraps(width: int | None, below: bool) -> None:
+    row = Row(
+        "part.device.conditions.figure",
+        "P99 TTFT",
+        "s",
+        Estimate(0.2, 0.1, 0.3),
+        "simulated",
+        0.198,
+        "<= 0.25",
+        "n" * 70,
+    )
+    shown = Console(width=width or 1000, record=True, file=io.StringIO())
+    shown.print(table({"name": "it", "rows": [row.to_json()]}, width))
+    lines = [line for line in shown.export_text().splitlines() if line.strip()]
+    assert len(lines) == (6 if below else 4)
+    assert ("n" * 70 in lines[-1]) == (width in (None, 200)) and ("TTFT" in lines[-1]) == (not below)
+    assert "0.1..0.3   <= 0.25 yes" in lines[-1]
 
 
 # ---- statistics ------------------------------------------------------------------------------------------

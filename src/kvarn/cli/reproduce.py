@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kvarn.cli.runs import progress_bar
+from kvarn.cli.runs import progress_bar, stderr
 from kvarn.errors import KvarnError
 from kvarn.reproduce.contract import Level, Scope, table
 from kvarn.reproduce.experiment import Experiment, Plan
@@ -19,10 +19,12 @@ from kvarn.reproduce.registry import EXPERIMENTS, load_experiment
 def reproduce(
     name: Annotated[str, typer.Argument(help="Which paper, or all.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: fewer repeats, smaller loads.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Twenty repeats; goes on where it was, with --output.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Twenty repeats: hours.")] = False,
     only: Annotated[str, typer.Option(help="Parts of it: e0,e9.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="The first repeat's.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Folder for report, cells and pictures.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for report and pictures; a run that was stopped goes on from it.")
+    ] = Path("reproductions"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="Say what there is, and run nothing.")] = False,
 ) -> None:
@@ -46,14 +48,21 @@ def reproduce(
     if as_json:
         typer.echo(json.dumps(documents if name == "all" else documents[0]))
         return
+    console = Console()
     for document in documents:
-        Console().print(table(document))
+        if console.is_terminal:
+            console.print(table(document, console.width))
+        else:  # a file or a pipe has lines of any length
+            Console(width=10_000).print(table(document))
 
 
-def _run(plan: Plan, output: Path | None) -> dict[str, Any]:
+def _run(plan: Plan, output: Path) -> dict[str, Any]:
+    folder = output / plan.experiment.name
     with progress_bar() as progress:
         task = progress.add_task(plan.experiment.name, total=len(plan.cells))
-        return plan.run(output and output / plan.experiment.name, on_done=lambda: progress.advance(task))
+        document = plan.run(folder, on_done=lambda: progress.advance(task))
+    stderr.print(f"report and pictures: {folder}", highlight=False, soft_wrap=True)
+    return document
 
 
 def _describe(experiment: Experiment) -> None:

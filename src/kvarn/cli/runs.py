@@ -24,9 +24,9 @@ def lengths(mean: int, deviation: float) -> workloads.Lengths:
 
 
 def progress_bar() -> Progress:
-    """Counts what is done, on stderr, and vanishes."""
+    """Counts what is done, on stderr, and vanishes; where stderr is no terminal it says nothing."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=stderr, transient=True)
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 def write_results(folder: Path, document: dict[str, Any], records: Sequence[RequestRecord]) -> None:

@@ -21,7 +21,7 @@ from kvarn.serving.engine import Engine
 from kvarn.simulation import plots, runner, scenarios, traces, workloads
 from kvarn.simulation.assemble import simulated_engine
 from kvarn.simulation.report import Report, Slo, render, summarize
-from kvarn.simulation.workloads import RequestSpec
+from kvarn.simulation.workloads import Lengths, RequestSpec
 
 TraceFormat = Literal["auto", "mooncake", "azure", "burstgpt", "sharegpt", "kvarn"]
 _work = partial(typer.Option, rich_help_panel="Workload")
@@ -82,8 +82,8 @@ def simulate(
             specs, limit=requests, speed=speed, max_prompt_tokens=max_input, max_output_tokens=max_output
         )
     else:
-        prompt = lengths(input_tokens, input_deviation) if input_tokens else None
-        answer = lengths(output_tokens, output_deviation) if output_tokens else None
+        prompt = _lengths("input", input_tokens, input_deviation)
+        answer = _lengths("output", output_tokens, output_deviation)
         specs = scenarios.synthetic(workload, requests=requests, prompt=prompt, output=answer, seed=seed)
     specs = scenarios.with_clients(specs, readers, abandon, stream_rate=stream_rate or None, seed=seed)
     config = EngineConfig(
@@ -120,6 +120,13 @@ def simulate(
         title = f"{shape.name} on {device.name}, {policy}, simulated"
         plots.draw_run(done.records, plot / "run.png", title)
         plots.draw_load(done.load.columns(), engine.cache.pool.num_blocks, plot / "load.png", title)
+
+
+def _lengths(which: str, mean: int | None, deviation: float) -> Lengths | None:
+    """What was asked for, or None for the workload's own."""
+    if mean is None and deviation:
+        raise KvarnError(f"--{which}-deviation is around a mean; give it with --{which}-tokens")
+    return lengths(mean, deviation) if mean else None
 
 
 def _replayed(trace: Path, format: str, tokenizer: str | None, workload: str, seed: int) -> list[RequestSpec]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.errors import KvarnError
+from kvarn.errors import KvarnError, reason
 from kvarn.hardware.tables import bundled_tables, pick, record
 
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
@@ -112,7 +112,7 @@ def load_model_shape(name: str) -> ModelShape:
         try:
             config = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise KvarnError(f"cannot read {file}: {error}") from error
+            raise KvarnError(f"cannot read {file}: {reason(error)}") from error
         if not isinstance(config, dict):
             raise KvarnError(f"{file} holds a {type(config).__name__}; expected a JSON object")
         return ModelShape.from_config(file.parent.name or "model", config)

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvarn.errors import KvarnError
+from kvarn.errors import KvarnError, reason
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,7 +29,7 @@ def read_tables(path: Path) -> Tables:
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KvarnError(f"cannot read {path}: {error}") from error
+        raise KvarnError(f"cannot read {path}: {reason(error)}") from error
     if not tables or not all(isinstance(table, dict) for table in tables.values()):
         raise KvarnError(f"{path} is not a profile; expected one table, [name], as `kvarn calibrate` writes it")
     return tables

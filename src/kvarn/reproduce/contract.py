@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,9 @@ Kind = Literal["real", "simulated", "model"]
 Level = Literal["quick", "default", "full"]
 _EXACT = 1e-9
 """Two figures nearer than this are the same."""
+_UNBOUNDED = 10_000
+"""Characters that no line takes."""
+_FIGURES = ("paper", "ours", "95 %", "bar")
 
 
 @dataclass(frozen=True)
@@ -89,26 +93,56 @@ def meets(value: float, bar: str) -> bool:
     raise ValueError(f"a bar is {bar!r}; expected a comparison like '<= 0.25', or '0.98 to 1.02'")
 
 
-def table(document: dict[str, Any]) -> Table:
-    """The rows of a document (its JSON) for people."""
-    title = f"{document['name']}: {sum_up(document['rows'])}"
-    shown = Table("row", title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
-    shown.columns[0].min_width = 24
-    for name in ("paper", "ours", "95 %"):
+def table(document: dict[str, Any], width: int | None = None) -> Table:
+    """The rows of a document (its JSON) for people, a line each.
+
+    Where a line is more than `width` characters the notes are left out, then what each row measures; at last the
+    figures of a row stand below its name.
+    """
+    for columns in (("what", "note"), ("what",), ()):
+        shown = _table(document, columns)
+        if width is None or Console(width=_UNBOUNDED).measure(shown).maximum <= width:
+            return shown
+    return _narrow_table(document)
+
+
+def _table(document: dict[str, Any], columns: Sequence[str]) -> Table:
+    """With these of the columns that are words."""
+    shown = _empty_table(document, "row")
+    for name in _FIGURES[:-1]:
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("bar", no_wrap=True)
-    marks = {True: " [green]yes[/]", False: " [red]no[/]", None: ""}
+    shown.add_column(_FIGURES[-1], no_wrap=True)
+    for name in columns:
+        shown.add_column(name, style="dim", no_wrap=True)
     for row in document["rows"]:
         unit = "" if row["unit"] == "x" else f" ({row['unit']})"
-        words = "; ".join(filter(None, (row["metric"] + unit, row["kind"], row["note"])))
-        interval = "" if row["low"] is None else f"{_written(row['low'])}..{_written(row['high'])}"
-        numbers = (_written(row["published"]), _written(row["measured"]), interval)
-        shown.add_row(
-            Text.assemble(row["id"], "\n", (words, "dim"), overflow="fold"),
-            *numbers,
-            (row["bar"] or "") + marks[row["holds"]],
-        )
+        words = {"what": f"{row['metric']}{unit}; {row['kind']}", "note": row["note"]}
+        shown.add_row(row["id"], *_figures(row), *(Text(words[name]) for name in columns))
     return shown
+
+
+def _narrow_table(document: dict[str, Any]) -> Table:
+    """One column: a row's name, and below it its figures."""
+
+    def below(name: str, figures: Sequence[str]) -> str:
+        paper, ours, interval, bar = figures
+        return f"{name}\n{paper:>10}{ours:>10}{interval:>24}   {bar}"
+
+    shown = _empty_table(document, below("row", _FIGURES))
+    for row in document["rows"]:
+        shown.add_row(below(row["id"], _figures(row)))
+    return shown
+
+
+def _empty_table(document: dict[str, Any], first: str) -> Table:
+    title = f"{document['name']}: {sum_up(document['rows'])}"
+    return Table(first, title=title, title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD)
+
+
+def _figures(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    interval = "" if row["low"] is None else f"{_written(row['low'])}..{_written(row['high'])}"
+    bar = (row["bar"] or "") + {True: " [green]yes[/]", False: " [red]no[/]", None: ""}[row["holds"]]
+    return _written(row["published"]), _written(row["measured"]), interval, bar
 
 
 def sum_up(rows: Sequence[dict[str, Any]]) -> str:

@@ -92,7 +92,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:
-                raise KvarnError(f"{field} is {getattr(self, field)}; expected {low} to {high}")
+                expected = f"{low} to {high}" if high < 2**63 - 1 else f"{low} or more"
+                raise KvarnError(f"{field} is {getattr(self, field)}; expected {expected}")
         if self.policy == "streaming":
             StreamingSettings.parse(self.policy_options)
         elif self.policy_options:
@@ -100,4 +101,4 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.disk_cache and not self.share_prefixes:
             raise KvarnError("disk_cache keeps prefixes, which share_prefixes turns off; choose one")
         if self.disk_cache and self.host_memory_bytes == 0:
-            raise KvarnError("disk_cache needs host memory on its way; set host_memory_bytes, or leave it to choose")
+            raise KvarnError("disk_cache needs host memory on its way; give host_memory a size, or leave it to auto")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.errors import KvarnError
+from kvarn.errors import KvarnError, reason
 from kvarn.simulation.report import RequestRecord
 
 _BLUE, _ORANGE = "#2f6690", "#d1682f"
@@ -75,7 +75,7 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise KvarnError(
-            f"cannot draw into {path}: {error}; name a .png, .svg or .pdf file that can be written"
+            f"cannot draw into {path}: {reason(error)}; name a place that can be written (.png, .svg, .pdf)"
         ) from error
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 Times = NDArray[np.float64]
 
@@ -207,7 +208,7 @@ def summarize(records: Sequence[RequestRecord], *, slo: Slo = Slo(), stream_rate
 
 def render(report: Report, title: str = "") -> Group:
     """The report as two tables for people: latencies in ms, then everything else in its own unit."""
-    latencies = Table("ms", "mean", "P50", "P90", "P99", "max", title=title or None, title_justify="left")
+    latencies = Table("ms", "mean", "P50", "P90", "P99", "max")
     for column in latencies.columns[1:]:
         column.justify = "right"
     rows = (("TTFT", report.ttft), ("TPOT", report.tpot), ("ITL", report.itl), ("E2EL", report.e2el))
@@ -217,7 +218,8 @@ def render(report: Report, title: str = "") -> Group:
     rest = Table.grid(padding=(0, 2))
     for name, text in _scalars(report):
         rest.add_row(f" {name}", text)
-    return Group(latencies, rest)
+    parts = (latencies, rest)
+    return Group(Text(title, style="italic"), *parts) if title else Group(*parts)
 
 
 def _scalars(report: Report) -> list[tuple[str, str]]:

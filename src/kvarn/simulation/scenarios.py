@@ -38,12 +38,13 @@ class WorkloadText:
         kind, _, number = head.partition(":")
         if kind not in _OPTIONS:
             raise WorkloadError(f"workload is {text!r}; expected {', '.join(_OPTIONS)} and a number, like burst:60")
-        options = {name: _number(value, text) for name, _, value in (part.partition("=") for part in rest)}
+        where, pairs = f"workload {text!r}", (part.partition("=") for part in rest)
+        options = {name: _number(value, where, "gamma:2,cv=3") for name, _, value in pairs}
         for name in options:
             if name not in _OPTIONS[kind]:
                 known = ", ".join(sorted(_OPTIONS[kind])) or "no options"
                 raise WorkloadError(f"workload {text!r} sets {name!r}; {kind} has {known}")
-        return cls(kind, _number(number, text), options)
+        return cls(kind, _number(number, where, f"{kind}:60"), options)
 
     def arrivals(self) -> Arrivals:
         if self.kind == "burst":
@@ -83,19 +84,21 @@ def with_clients(
     chosen = [replace(spec, stream_rate=spec.stream_rate or stream_rate) for spec in specs]
     if readers:
         classes = [part.rpartition(":")[::2] for part in readers.split(",")]
-        pairs = [(_number(share or "1", readers), _number(rate, readers)) for share, rate in classes]
+        where, like = f"readers {readers!r}", "20 or 0.4:15,0.6:20"
+        pairs = [(_number(share or "1", where, like), _number(rate, where, like)) for share, rate in classes]
         chosen = workloads.with_readers(chosen, pairs, seed=seed)
     if departures:
         share, _, seconds = departures.partition(":")
-        chosen = workloads.with_departures(chosen, _number(share, departures), _number(seconds, departures), seed=seed)
+        numbers = [_number(one, f"abandon {departures!r}", "0.1:5") for one in (share, seconds)]
+        chosen = workloads.with_departures(chosen, *numbers, seed=seed)
     return chosen
 
 
-def _number(value: str, text: str) -> float:
+def _number(value: str, where: str, like: str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise WorkloadError(f"{text!r} has {value!r} where a number is expected")
+        raise WorkloadError(f"{where} has {value!r} where a number is expected; write it like {like}")
     return number

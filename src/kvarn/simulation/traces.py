@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kvarn.errors import reason
 from kvarn.simulation.workloads import RequestSpec, WorkloadError
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -39,7 +40,7 @@ def detect_format(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline(65536).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"cannot read {path}: {error}") from error
+        raise WorkloadError(f"cannot read {path}: {reason(error)}") from error
     for format, signs in _SIGNS.items():
         if all(sign in first for sign in signs):
             return format
@@ -92,7 +93,7 @@ def load_sharegpt(path: Path, count_tokens: Callable[[str], int]) -> list[Reques
     try:
         conversations = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise WorkloadError(f"cannot read {path}: {error}") from error
+        raise WorkloadError(f"cannot read {path}: {reason(error)}") from error
     if not isinstance(conversations, list):
         raise WorkloadError(f"{path} holds a {type(conversations).__name__}; expected a JSON list of conversations")
 
@@ -167,7 +168,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     yield number, _json_row(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
-        raise WorkloadError(f"cannot read {path}: {error}") from error
+        raise WorkloadError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -185,4 +186,4 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from enumerate(csv.DictReader(file), 2)  # line 1 is the header
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WorkloadError(f"cannot read {path}: {error}") from error
+        raise WorkloadError(f"cannot read {path}: {reason(error)}") from error

@@ -64,7 +64,8 @@ class ServerConfig:
                 raise KvarnError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not self.request_timeout > 0:
             raise KvarnError(f"request_timeout is {self.request_timeout}; expected more than 0 seconds")
-        rates = {"default_stream_rate": self.default_stream_rate, "max_stream_rate": self.max_stream_rate}
+        rates = {"stream_rate, of readers who do not say,": self.default_stream_rate}
+        rates["max_stream_rate"] = self.max_stream_rate
         if self.stream_rate_limits:
             rates |= {
                 "the lowest stream rate of an API key": min(self.stream_rate_limits.values()),
@@ -73,6 +74,11 @@ class ServerConfig:
         for name, rate in rates.items():
             if not SLOWEST <= rate <= FASTEST:
                 raise KvarnError(f"{name} is {rate}; expected {SLOWEST:g} to {FASTEST:,.0f} tokens per second")
+        if self.default_stream_rate > self.max_stream_rate:
+            raise KvarnError(
+                f"stream_rate is {self.default_stream_rate:g}, above max_stream_rate, {self.max_stream_rate:g}; "
+                "nobody would be taken for so fast: lower it, or raise max_stream_rate"
+            )
         for name in ("restart_wait", "drain_seconds"):
             if not getattr(self, name) >= 0:
                 raise KvarnError(f"{name} is {getattr(self, name)}; expected 0 seconds or more")
