@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -246,6 +246,27 @@ def test_a_decision_fits_and_takes_nobody_off_who_needs_to_stay(crowd, with_host
         assert not [view for view in running if able(view) and view.id not in gone and view.id not in granted]
 
 
+def test_nobody_gives_way_for_blocks_that_are_coming():
+    """Six without a copy on the host; two need a block and there is none. One goes, and what he has is on its way."""
+    running = [View(f"r{i}", 21, 20, 5, _reader(2.0 + i, 20.0, 100.0), float(i), 0.0) for i in range(2)]
+    running += [View(f"r{i}", 20, 19, 5, _reader(2.0 + i, 20.0, 100.0), float(i), 0.0) for i in range(2, 6)]
+    host = HostView(dirty={view.id: 5 for view in running})
+    snapshot = Snapshot(
+        (), running, 0, SIZE, 64, 8, 30, prefix_hit=lambda id: Hit(), reclaimable_blocks=lambda id: 5,
+        shares_prefix=lambda id, other, tokens: False, costs=Costs(), tiers=host,
+    )  # fmt: skip
+    policy = Streaming(StreamingSettings(overload=0.01))  # so that it looks at once
+    policy.estimates.supply = 1.0
+    decision = policy.decide(snapshot, 100.0)
+    assert (decision.preempt, decision.offload) == ((), ("r5",))
+    assert [grant.id for grant in decision.grants] == ["r2", "r3", "r4"]
+    # The next step: the copies have not ended.
+    later = replace(snapshot, running=running[:5], tiers=replace(host, coming_blocks=5))
+    decision = policy.decide(later, 100.05)
+    assert (decision.preempt, decision.offload) == ((), ())
+    assert [grant.id for grant in decision.grants] == ["r2", "r3", "r4"]
+
+
 # ---- behind the engine -----------------------------------------------------------------------------------
 
 
@@ -332,6 +353,18 @@ def test_a_burst_gets_its_first_tokens_sooner_and_its_readers_never_wait():
     ours, _ = _burst(Streaming(StreamingSettings(tick=0.25)), step=0.05, rate=5.0)
     assert max(of_one[0] for of_one in ours.values()) < 0.5 * max(of_one[0] for of_one in usual.values())
     assert _stalls(ours, 5.0) == 0.0 < _stalls(usual, 5.0)
+
+
+@pytest.mark.parametrize("slots", [2, 20])
+def test_a_host_without_room_empties_no_device(slots):
+    """Room for 8 texts, a host that is soon full: what is given up comes free late, and few have to go for a block."""
+    noting = Noting(Streaming())
+    engine = make_engine(
+        num_blocks=170, policy=noting, host_slots=slots, step=0.05, token_budget=64, max_running=24, share=False
+    )
+    coming = [make_request(f"r{i}", prompt(20, i), 60, stream_rate=5.0) for i in range(24)]
+    serve(engine, coming, random.Random(0), copying=0.9)
+    assert max(len(decision.preempt) + len(decision.offload) for _, decision in noting.decisions) <= 2
 
 
 @pytest.mark.parametrize("declared", [0.5, 2.0])

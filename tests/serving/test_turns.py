@@ -37,6 +37,41 @@ def test_every_text_is_right_and_ends_under_every_policy(name, requests, num_blo
     assert texts == expected
 
 
+_UNUSUAL = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 2), st.integers(1, 12), st.floats(0, 4), st.sampled_from([0.1, 20, 1e4])),
+    min_size=1,
+    max_size=8,
+)
+"""As REQUESTS, but prompts are shares of the pool, and readers are of all sorts."""
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(
+    _UNUSUAL, st.integers(4, 12), st.sampled_from([1, 4, 5]), st.integers(1, 8), st.integers(1, 4), st.integers(0, 6),
+    st.integers(0),
+)  # fmt: skip
+def test_who_fills_the_pool_is_served_as_well(
+    name, requests, num_blocks, block_size, token_budget, max_running, slots, seed
+):
+    """Law: in engines of any size, whoever is let in gets his text, also with a prompt that takes every block."""
+    engine = make_engine(
+        num_blocks=num_blocks, block_size=block_size, token_budget=token_budget, max_running=max_running,
+        policy=POLICIES[name](4), host_slots=slots, step=0.05,
+    )  # fmt: skip
+    room = num_blocks * block_size
+    coming = []
+    for i, (share, family, count, at, rate) in enumerate(requests):
+        count = min(count, room - 1)
+        length = 1 + round(share * (room - count - 1))
+        coming.append(
+            make_request(f"r{i}", prompt(length, family), count, arrival=at, stream_rate=rate, priority=family - 1)
+        )
+    expected = _expected(coming)
+    texts, _ = serve(engine, coming, random.Random(seed))
+    assert texts == expected
+
+
 @settings(max_examples=50, deadline=None)
 @given(REQUESTS, st.integers(20, 60), st.sampled_from([None, 0.5]))
 def test_who_has_reserved_everything_is_never_taken_off(requests, num_blocks, ahead):

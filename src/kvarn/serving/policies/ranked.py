@@ -64,7 +64,8 @@ class Ranked:
         ranked = self.ranking(snapshot, now)
         bring, staying = [], set()
         for request in ranked:
-            need = snapshot.blocks_for(request.num_tokens) + 1
+            # One more than it has tokens for, but not more than there are: else who fills the pool would never come.
+            need = min(snapshot.blocks_for(request.num_tokens) + 1, snapshot.num_blocks)
             if need > room or places <= 0:
                 break
             room -= need

@@ -96,10 +96,12 @@ class Step:
             elif request.id not in paused and request.id not in self.evicted:
                 decoding.append(request)
                 needed += total > request.num_blocks * size
-        while needed > self.available:
+        while self._is_short_of(needed):
             self.evict(self._next_giver())
             decoding = [request for request in decoding if request.id not in self.evicted]
             needed = sum(request.num_tokens > request.num_blocks * size for request in decoding)
+        if needed > self.available:
+            decoding, needed = self._supplied(decoding), self.available
         if len(decoding) <= self.budget:
             # Everybody fits, as in nearly every step: the books need no line for each of them.
             self.grants = [Grant(request.id, 1) for request in decoding]
@@ -117,11 +119,14 @@ class Step:
         if tokens <= 0 or request.id in self.evicted:
             return
         needed = max(0, self.snapshot.blocks_for(request.num_computed + tokens) - request.num_blocks)
-        while needed > self.available:
+        while self._is_short_of(needed):
             giver = self._next_giver()
             self.evict(giver)
             if giver is request:
                 return
+        if needed > self.available:  # the rest is coming
+            self.promised += self.snapshot.blocks_for(request.num_tokens) - request.num_blocks
+            return
         self._grant(request.id, tokens, needed)
         self.promised += self.snapshot.blocks_for(request.num_tokens) - self.snapshot.blocks_for(
             request.num_computed + tokens
@@ -194,6 +199,21 @@ class Step:
         self.admitted += 1
 
     # ---- small parts -------------------------------------------------------------------------------------
+
+    def _is_short_of(self, blocks: int) -> bool:
+        """Whether so many are neither there nor coming. For what is coming a row waits, and nobody gives way: blocks
+        that are copied first are not there at once, so else one who needs a block would empty the device."""
+        return blocks > self.available and blocks > self.available + self.coming
+
+    def _supplied(self, decoding: list[RequestView]) -> list[RequestView]:
+        """Those whose next token has a place now: the first of those who need a block, and all who need none."""
+        supplied, left = [], self.available
+        for request in decoding:
+            needs = request.num_tokens > request.num_blocks * self.snapshot.block_size
+            if needs <= left:
+                supplied.append(request)
+                left -= needs
+        return supplied
 
     def _grant(self, id: str, tokens: int, blocks: int) -> None:
         self.grants.append(Grant(id, tokens))
