@@ -111,7 +111,9 @@ def test_settings_are_read_from_words():
     assert chosen == StreamingSettings(tick=0.5, pause="eager", offload=False, max_preemptions=3, urgency=2.0)
     for option, expected in (
         ("tok=1", "tick"), ("tick=fast", "a number"), ("max_preemptions=1.5", "whole number"),
-        ("pause=never", "needed, eager, always, off"), ("offload=2", "on or off"), ("tick=-1", "above 0"),
+        ("pause=never", "needed, eager, always, off"), ("offload=2", "on or off"), ("tick=0", "above 0"),
+        ("tick=-1", "0 or more"), ("tick=inf", "a number"), ("retention=nan", "a number"),
+        ("headroom_blocks=-1", "0 or more"), ("prefill_budget=0", "1 or more"),
     ):  # fmt: skip
         with pytest.raises(KvarnError, match=expected):
             StreamingSettings.parse([option])

@@ -6,8 +6,8 @@ admits waiting requests in order of priority, then arrival, while the blocks for
 tokens are there; one whose prompt is mostly being computed for another lets that one finish first. When a running
 request finds no block, the one that came last gives up its blocks and is recomputed later.
 
-Where the host has KV of a waiting request and bringing it back takes less time than computing it, it is brought back,
-under the same rules as an admission.
+Where the host has KV of a waiting request and bringing it back costs less than computing it, it is brought back, under
+the same rules as an admission.
 """
 
 from __future__ import annotations

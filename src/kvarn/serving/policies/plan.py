@@ -2,7 +2,7 @@
 
 A plan says whom to bring and who makes room for them; blocks, tokens and the link to the host say how much of it a
 step can do. Nobody is taken off the device before what is to come then fits, or at least will when copies have ended;
-what comes back is loaded or recomputed, whichever is estimated to be faster.
+what comes back is loaded or recomputed, whichever is estimated to cost readers less (`policies.loading`).
 
 Source: TokenFlow (arXiv 2510.02758), 4.4, for load or recompute.
 """
@@ -35,7 +35,7 @@ class Plan:
 class Means:
     """How a plan may be carried out.
 
-    offload       use the host: copy before giving blocks up, load where that is faster than recomputing
+    offload       use the host: copy before giving blocks up, load where that costs less than recomputing
     link_seconds  loads queue no longer than this: blocks being waited for serve nobody
     keepers       running requests, those that keep their blocks longest first
     """

@@ -1,7 +1,8 @@
 """The books of one decision, which every policy keeps: what is granted, who gives way, and what is then left.
 
 A policy says in which order it wants things; this file sees to it that grants fit the step's tokens and the device's
-blocks. When a running request finds no block, others give way, in an order that is the policy's to say.
+blocks. When a running request finds no block and none is coming, others give way, in an order that is the policy's to
+say.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Offer(NamedTuple):
     blocks: int
     """Further blocks for all its known tokens."""
     loaded_tokens: int
-    """Tokens that are sooner loaded from the host than computed; 0: everything is computed."""
+    """Tokens that are better loaded than computed; 0: everything is computed."""
 
 
 class Step:
@@ -34,7 +35,7 @@ class Step:
     givers    running requests in the order in which they keep their blocks: the last one gives way first. Asked for
               once, if blocks are short; as `running` if left out
     offload   whether blocks without a copy on the host are copied there before a request gives them up
-    load      whether requests come back from the host, where that is sooner than computing them
+    load      whether requests come back from the host, where that costs less than computing them
     """
 
     def __init__(
@@ -114,7 +115,10 @@ class Step:
         return prefilling
 
     def continue_running(self, request: RequestView, limit: int | None = None) -> None:
-        """Grant the next tokens (at most `limit`) of a running request; others give way if blocks are short."""
+        """Grant the next tokens (at most `limit`) of a running request; others give way if blocks are short.
+
+        It waits where they are coming.
+        """
         tokens = min(request.num_uncomputed, self.budget if limit is None else min(limit, self.budget))
         if tokens <= 0 or request.id in self.evicted:
             return

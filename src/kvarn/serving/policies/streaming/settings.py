@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kvarn.errors import KvarnError
@@ -56,7 +57,7 @@ class StreamingSettings:
     """Share of that budget which is computed however short of tokens those readers are."""
 
     offload: bool = True
-    """Copy what has no copy before giving it up, and load instead of recomputing where that is faster."""
+    """Copy what has no copy before giving it up, and load instead of recomputing where that costs less."""
     pause: Literal["needed", "eager", "always", "off"] = "needed"
     """When well-supplied residents skip steps: while somebody short of tokens reads faster than steps with all of them
     come; or while anybody is short of tokens or waits; or even while nobody is. A step costs little less for a row
@@ -79,9 +80,15 @@ class StreamingSettings:
 
     def __post_init__(self) -> None:
         """KvarnError naming the setting that cannot work."""
-        for field in ("tick", "safety", "urgency", "horizon", "overload", "load_ahead"):
-            if not getattr(self, field) > 0:
-                raise KvarnError(f"{field} is {getattr(self, field)}; expected a number above 0")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind in (float, int) and not (isfinite(value) and value >= 0):
+                raise KvarnError(f"{name} is {value}; expected a number, 0 or more")
+        for name in ("tick", "safety", "urgency", "horizon", "overload", "load_ahead"):
+            if not getattr(self, name) > 0:
+                raise KvarnError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        if self.prefill_budget is not None and self.prefill_budget < 1:
+            raise KvarnError(f"prefill_budget is {self.prefill_budget}; expected 1 or more")
         if not 0 <= self.contraction <= 1:
             raise KvarnError(f"contraction is {self.contraction}; expected a share from 0 to 1")
         if not 0 <= self.pause_below <= self.pause_above:
