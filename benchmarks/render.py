@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, machine_tables, streaming_tables, tables
+from benchmarks import bars, machine_tables, reproductions, streaming_tables, tables
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -37,13 +37,18 @@ COLOURS = {
 def render(path: Path) -> None:
     """Write the table and the picture of one results file."""
     data = json.loads(path.read_text())
-    table, heights = RENDERERS[data["benchmark"]](data, path.parent)
+    table, heights = RENDERERS[_kind(data)](data, path.parent)
     footer = tables.footer(data) if "rounds" in data["conditions"] else []
     path.with_suffix(".md").write_text("\n".join([*table, "", *footer, ""]))
     if not heights:
         return
     # The documentation can only show pictures that lie below it.
     _draw(heights, (PICTURES if path.parent == RESULTS else path.parent) / f"{path.stem}.svg")
+
+
+def _kind(data: dict[str, Any]) -> str:
+    """Which renderer a file is for: reports of `kvarn reproduce` have rows with bars, and no benchmark's name."""
+    return data.get("benchmark", "reproduction" if "hardware" in data and "rows" in data else "")
 
 
 def is_close(name: str, folder: Path) -> bool:
@@ -69,6 +74,7 @@ RENDERERS: dict[str, Renderer] = {
     "linear": lambda data, _: tables.linear_table(data),
     "streaming": lambda data, _: streaming_tables.streaming_table(data),
     "simulator": lambda data, _: streaming_tables.simulator_table(data),
+    "reproduction": lambda data, _: reproductions.reproduction_table(data),
     "gpu": lambda data, _: machine_tables.gpu_table(data),
 }
 
@@ -127,7 +133,7 @@ def _colours(labels: list[str]) -> dict[str, str]:
 
 if __name__ == "__main__":
     for file in map(Path, sys.argv[1:] or sorted(map(str, RESULTS.glob("*.json")))):
-        if json.loads(file.read_text()).get("benchmark") in RENDERERS:
+        if _kind(json.loads(file.read_text())) in RENDERERS:
             render(file)
             print(file.with_suffix(".md"))
     render_bars(RESULTS)

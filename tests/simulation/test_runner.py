@@ -52,6 +52,14 @@ def test_every_request_gets_all_its_tokens_in_order() -> None:
         assert list(record.token_times) == sorted(record.token_times)
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "fcfs-conservative", "streaming"])
+def test_texts_end_where_they_do_though_their_clients_ask_for_more(policy: str) -> None:
+    asked = [replace(spec, max_tokens=1500) for spec in SPECS]
+    done = run(make_engine(4096, policy=policy), asked)
+    assert [len(record.token_times) for record in done.records] == [spec.output_tokens for spec in SPECS]
+    assert all(record.ok for record in done.records)
+
+
 REQUESTS = st.lists(
     st.builds(
         RequestSpec,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kvarn.errors import RequestError
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.engine import Emission, Engine
+from kvarn.serving.executors.simulated import token_at
 from kvarn.serving.reader import DEFAULT_RATE
 from kvarn.serving.request import FinishReason, Request
 from kvarn.serving.sampling.params import SamplingParams
@@ -106,7 +107,7 @@ class _Clients:
     def _send(self, index: int) -> None:
         spec = self.specs[index]
         prompt = prompt_tokens(spec, index, self.engine.vocab_size)
-        params = SamplingParams(temperature=0.0, max_tokens=spec.output_tokens, ignore_eos=True)
+        params = _params(spec, self.engine.vocab_size)
         rate = spec.declared_rate or spec.stream_rate or DEFAULT_RATE
         request = Request.create(str(index), prompt, params, arrival=spec.arrival, stream_rate=rate)
         try:
@@ -177,6 +178,18 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*usual)
+
+
+def _params(spec: RequestSpec, vocabulary: int) -> SamplingParams:
+    """What makes a simulated text end where the workload says: its length if the client asks for just that, else the
+    token that comes there."""
+    length = spec.output_tokens
+    if spec.max_tokens is None:
+        return SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+    end = token_at(spec.prompt_tokens + length - 1, vocabulary)
+    return SamplingParams(
+        temperature=0.0, max_tokens=spec.max_tokens, min_tokens=length - 1, stop_token_ids=(end,), ignore_eos=True
+    )
 
 
 def _error(emission: Emission) -> str | None:

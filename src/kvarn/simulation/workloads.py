@@ -39,6 +39,8 @@ class RequestSpec:
     """Tokens per second its reader consumes; None where nothing is known of the reader."""
     declared_rate: float | None = None
     """Tokens per second that the client says its reader consumes; None where it tells the truth."""
+    max_tokens: int | None = None
+    """Tokens that the client asks for at most, of which the engine knows; None: exactly as many as it gets."""
     prefix_ids: tuple[int, ...] = ()
     """One id per `prefix_block_tokens` of the prompt, chained: equal leading ids mean an equal prefix."""
     prefix_block_tokens: int = 512
@@ -53,6 +55,10 @@ class RequestSpec:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
             raise WorkloadError(
                 f"a request of {self.prompt_tokens} prompt and {self.output_tokens} output tokens; expected 1 or more"
+            )
+        if self.max_tokens is not None and self.max_tokens < self.output_tokens:
+            raise WorkloadError(
+                f"max_tokens is {self.max_tokens}; expected output_tokens ({self.output_tokens}) or more"
             )
         for name in ("stream_rate", "declared_rate"):
             rate = getattr(self, name)

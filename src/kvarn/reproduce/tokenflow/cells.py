@@ -50,6 +50,8 @@ class Load:
     """What clients say of their rate, as a multiple of the truth."""
     leaving: tuple[float, float] | None = None
     """Share that leaves, and after how many seconds on average."""
+    asked: int | None = None
+    """Tokens that every client asks for at most; None: exactly as many as it gets, so that policies know lengths."""
     shared_tokens: int = 0
     """First tokens that all prompts have in common."""
 
@@ -58,6 +60,8 @@ class Load:
         specs = workloads.with_readers(specs, self.readers, seed=seed)
         if self.declared != 1.0:
             specs = [replace(spec, declared_rate=(spec.stream_rate or RATE) * self.declared) for spec in specs]
+        if self.asked:
+            specs = [replace(spec, max_tokens=max(self.asked, spec.output_tokens)) for spec in specs]
         if self.leaving:
             specs = workloads.with_departures(specs, *self.leaving, seed=seed)
         if self.shared_tokens:

@@ -135,6 +135,7 @@ def _twists(load: Load) -> dict[str, _Twist]:
         "skimmers": _Twist("a fifth skims at 100 tokens/s", replace(load, readers=((0.8, RATE), (0.2, 100.0)))),
         "abandoned": _Twist("a third leaves after 5 s on average", replace(load, leaving=(0.33, 5.0))),
         "overload": _Twist("readers of 60 tokens/s: more than the device makes", replace(load, readers=((1.0, 60.0),))),
+        "unknown-lengths": _Twist("all ask for up to 4,096 tokens", replace(load, asked=4096)),
         "shared-prefix": _Twist("256 tokens of all prompts are the same", replace(load, shared_tokens=256)),
     }
 

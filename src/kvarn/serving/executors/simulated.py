@@ -23,7 +23,7 @@ class SimulatedExecutor:
         self.forward_seconds = 0.0
         self._num_blocks = num_blocks
         # Results are only read: one of each will do.
-        self._results = [[SampledToken(token % roofline.model.vocabulary)] for token in range(_CYCLE)]
+        self._results = [[SampledToken(token_at(known, roofline.model.vocabulary))] for known in range(_CYCLE)]
 
     @property
     def num_blocks(self) -> int:
@@ -53,3 +53,8 @@ class SimulatedExecutor:
         self.forward_seconds += seconds
         self.clock.advance(seconds)
         return sampled
+
+
+def token_at(known: int, vocabulary: int) -> int:
+    """The token that follows so many known ones; the same comes again only after many others."""
+    return known % _CYCLE % vocabulary
