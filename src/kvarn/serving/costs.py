@@ -20,6 +20,8 @@ _SHAPE_MEMORY = 0.998
 _LEVEL_MEMORY = 0.95
 _STRANGE = 4.0
 """A step that takes so many times what it should counts as that: something else has held it up."""
+_LOWEST_LEVEL = 1e-3
+"""Clocks that stand still, as in tests, shall not make it 0."""
 _PREFILLS = 32
 _PRIOR = (2e-3, 2e-4, 1e-8)
 """c0, c1, c2 before anything is known: seconds, seconds a row, seconds a token of context."""
@@ -56,7 +58,8 @@ class Costs:
         if self._steps > _SOON:
             expected = self._shape(rows, context)
             seconds = min(seconds, _STRANGE * self._level * expected)
-            self._level = _LEVEL_MEMORY * self._level + (1 - _LEVEL_MEMORY) * seconds / expected
+            level = _LEVEL_MEMORY * self._level + (1 - _LEVEL_MEMORY) * seconds / expected
+            self._level = max(level, _LOWEST_LEVEL)
         facts = np.array([1.0, rows, context]) / self._scale
         self._products = _SHAPE_MEMORY * self._products + np.outer(facts, facts)
         self._targets = _SHAPE_MEMORY * self._targets + facts * (seconds / self._level)
