@@ -48,7 +48,6 @@ def simulate(specs: list[RequestSpec], policy: str, profile: Path, kv_tokens: in
         precision="bfloat16",
         policy=policy,  # type: ignore[arg-type]
         kv_memory_bytes=streaming.kv_bytes(kv_tokens),
-        host_memory_bytes=streaming.HOST_BYTES if policy == "streaming" else 0,
         speculation="off",
     )
     start = 2 * _WARM_UP

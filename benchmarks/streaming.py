@@ -34,10 +34,8 @@ BLOCK_TOKENS = 16
 VLLM_BLOCK = 32
 """The smallest that its attention on CPUs knows."""
 BFLOAT16_BYTES = 2.0
-HOST_BYTES = 2**30
-"""Of the tier behind the KV cache, for policies that use it: room for all that the cache has none for."""
 POLICIES = {
-    "streaming": ("kvarn streaming", ("--host-memory", str(HOST_BYTES))),
+    "streaming": ("kvarn streaming", ("--host-memory", "auto")),
     "fcfs": ("kvarn FCFS", ()),
     "fcfs-paced": ("kvarn FCFS, paced", ()),
     "fcfs-conservative": ("kvarn FCFS, all tokens reserved", ()),
