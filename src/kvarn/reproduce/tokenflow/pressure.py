@@ -21,8 +21,8 @@ _FULL_LOAD = {RTX4090: 1.1, H200: 3.7}
 """Requests a second that a saturated device serves: burst (a) made longer, with memory reserved."""
 _CLUMPS = 3.0
 """Coefficient of variation of the gaps between requests where the paper has a production trace."""
-_TRACE_RATE = {RTX4090: 1.5, H200_32B: 3.0}
-"""Requests a second: their bursts are more than the device can serve at once, their mean is not."""
+_TRACE_RATES = {RTX4090: {"": 1.5, "busy": 1.8}, H200_32B: {"": 3.0, "busy": 3.6}}
+"""Requests a second: their bursts are more than the device can serve at once; by day, when busy, so is their mean."""
 PACED: PolicyName = "fcfs-paced"
 QOE: PolicyName = "qoe-recompute"
 
@@ -194,31 +194,31 @@ def traces(scope: Scope) -> Part:
     """A day and night of BurstGPT's shape in twenty minutes."""
     minutes = 4 if scope.quick else 20
     devices: tuple[Device, ...] = (RTX4090,) if scope.quick else (RTX4090, H200_32B)
-    setups: list[Setup] = [trace(device, _TRACE_RATE[device], minutes) for device in devices]
-    contests = [
-        Contest(setup.load, setup.device, tuple(scope.seeds), (BASELINE, GREEDY, PACED, OURS), pictured=True)
-        for setup in setups
-    ]
-    paced = [_always_paused(contest) for contest in contests]
+    policies = (BASELINE, GREEDY, PACED, OURS)
+    contests = {}
+    for device in devices:
+        for load, rate in _TRACE_RATES[device].items():
+            setup = trace(device, rate, minutes)
+            name = ".".join(filter(None, ("e4", device.name, load)))
+            contests[name] = Contest(setup.load, device, tuple(scope.seeds), policies, pictured=True)
+    paced = {name: _always_paused(contest) for name, contest in contests.items()}
 
     def rows(results: Results) -> list[Row]:
         made = []
-        for contest, beside in zip(contests, paced, strict=True):
-            device = contest.device
-            note = "paper: an A6000" if device is RTX4090 else ""
+        for name, contest in contests.items():
+            note = "paper: an A6000" if contest.device is RTX4090 else ""
             for figure, known, bar in _TRACE:
-                published = _TRACE_EFFECTIVE[device] if figure == "effective" else known
-                id = f"e4.{device.name}.{figure}"
+                published = _TRACE_EFFECTIVE[contest.device] if figure == "effective" else known
+                id = f"{name}.{figure}"
                 made.append(contest.over(results, figure, id=id, published=published, bar=bar, note=note))
                 made.append(contest.over(results, figure, GREEDY, id=id))
-            made += _beside_pacing(results, contest, beside, f"e4.{device.name}")
+            made += _beside_pacing(results, contest, paced[name], name)
         return made
 
     def draw(results: Results, folder: Path) -> None:
-        for contest in contests:
+        for name, contest in contests.items():
             runs = {policy: results[contest.cell(policy, contest.seeds[0])] for policy in contest.policies}
-            name = contest.device.name
-            pictures.draw_burst(runs, folder / f"trace-{name}.png", f"Trace on {name}, simulated")
+            pictures.draw_burst(runs, folder / f"trace-{name[3:]}.png", f"Trace on {name[3:]}, simulated")
 
     title = f"A BurstGPT-like trace of {minutes} minutes"
-    return Part("e4", title, all_cells((*contests, *paced)), rows, draw)
+    return Part("e4", title, all_cells((*contests.values(), *paced.values())), rows, draw)
