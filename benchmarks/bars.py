@@ -29,6 +29,8 @@ from benchmarks.tables import (
     weights_of,
 )
 
+from kvarn.reproduce.contract import sum_up
+
 Results = dict[str, dict[str, Any]]
 """Name of a benchmark -> its results file."""
 
@@ -63,6 +65,8 @@ def bars_table(folder: Path, allowed: Callable[[str], bool]) -> Lines:
     lines = grid(["bar", "condition", "needed", "measured", ""], [bar.row() for bar in bars])
     lines += ["", f"{sum(bar.holds for bar in bars)} of {len(bars)} hold. x: times the best other system's figure, "
               "unless the condition says otherwise."]  # fmt: skip
+    for path in sorted((folder / "reproduced").glob("*.json")):
+        lines += ["", f"`kvarn reproduce {path.stem}`: {sum_up(json.loads(path.read_text())['rows'])}."]
     if missing:
         lines += ["", f"Not measured: {', '.join(missing)}."]
     dates = sorted({session["at"][:10] for data in found.values() for entry in data.get("engines", {}).values()

@@ -1,6 +1,6 @@
 """Turn results into what the documentation shows: NAME.json -> NAME.md (table) beside it and docs/assets/NAME.svg.
 
-    python -m benchmarks.render                    every file in benchmarks/results
+    python -m benchmarks.render                    every file below benchmarks/results
     python -m benchmarks.render FILE.json ...
 
 Either call also writes bars.md, and the tables into the README.
@@ -132,7 +132,7 @@ def _colours(labels: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for file in map(Path, sys.argv[1:] or sorted(map(str, RESULTS.glob("*.json")))):
+    for file in map(Path, sys.argv[1:] or sorted(map(str, RESULTS.rglob("*.json")))):
         if _kind(json.loads(file.read_text())) in RENDERERS:
             render(file)
             print(file.with_suffix(".md"))
