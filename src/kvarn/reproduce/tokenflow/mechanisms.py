@@ -65,10 +65,10 @@ def ablation(scope: Scope) -> Part:
     setup = BURSTS[1]
     links = {"": setup.device, "slow-link.": replace(setup.device, name="rtx4090-slow-link", link=_SLOW_LINK)}
     paper = {name: how for name, (how, _) in _ABLATED.items()}
-    switches = {"": paper | ({} if scope.quick else _FURTHER), "slow-link.": paper}
+    switches = {"": paper} if scope.quick else {"": paper | _FURTHER, "slow-link.": paper}
     contests = {
-        (link, name): Contest(setup.load, device, tuple(scope.seeds), (OURS,), how)
-        for link, device in links.items()
+        (link, name): Contest(setup.load, links[link], tuple(scope.seeds), (OURS,), how)
+        for link in switches
         for name, how in ({"full": Switches()} | switches[link]).items()
     }
 
