@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from kvarn.reproduce.contract import Row
 from kvarn.reproduce.experiment import Results
@@ -17,22 +18,22 @@ BASELINE: PolicyName = "fcfs-conservative"
 """First come, first served, with everything reserved before: nobody is taken off the device."""
 GREEDY: PolicyName = "fcfs"
 """With as many as fit now; who came last gives way when blocks are short, and computes everything again."""
-FIGURES: dict[str, tuple[str, str, bool]] = {
-    "ttft_mean": ("mean TTFT", "s", True),
-    "ttft_p50": ("median TTFT", "s", True),
-    "ttft_p99": ("P99 TTFT", "s", True),
-    "effective": ("effective throughput", "tokens/s", False),
-    "raw": ("raw throughput", "tokens/s", False),
-    "stall_mean": ("stall per stream", "s", True),
-    "stall_p99": ("P99 stall of a stream", "s", True),
-    "stalled_share": ("streams that stall", "share", True),
-    "speed": ("median speed of a stream", "tokens/s", False),
-    "e2el_mean": ("mean time to the last token", "s", True),
-    "makespan": ("makespan", "s", True),
-    "preemptions": ("preemptions", "count", True),
-    "completed": ("requests served", "count", False),
+FIGURES: dict[str, tuple[str, str]] = {
+    "ttft_mean": ("mean TTFT", "s"),
+    "ttft_p50": ("median TTFT", "s"),
+    "ttft_p99": ("P99 TTFT", "s"),
+    "effective": ("effective throughput", "tokens/s"),
+    "raw": ("raw throughput", "tokens/s"),
+    "stall_mean": ("stall per stream", "s"),
+    "stall_p99": ("P99 stall of a stream", "s"),
+    "stalled_share": ("streams that stall", "share"),
+    "speed": ("median speed of a stream", "tokens/s"),
+    "e2el_mean": ("mean time to the last token", "s"),
+    "makespan": ("makespan", "s"),
+    "preemptions": ("preemptions", "count"),
+    "completed": ("requests served", "count"),
 }
-"""Name -> what it is called, its unit, and whether less of it is better."""
+"""Name -> what it is called, and its unit."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Contest:
         """One for each seed."""
         return [results[self.cell(policy, seed)][figure] for seed in self.seeds]
 
+    def pictured_runs(self, results: Results) -> dict[PolicyName, dict[str, Any]]:
+        """The first seed's run of each policy, to be drawn."""
+        return {policy: results[self.cell(policy, self.seeds[0])] for policy in self.policies}
+
     def over(
         self,
         results: Results,
@@ -76,7 +81,7 @@ class Contest:
         Stalls are compared by their difference in seconds: a policy without any has no ratio to itself.
         """
         ours, theirs = self.values(results, figure), self.values(results, figure, against)
-        text, unit, _ = FIGURES[figure]
+        text, unit = FIGURES[figure]
         absolute = figure.startswith("stall")
         estimate = difference(ours, theirs) if absolute else ratio(ours, theirs)
         words = f"{median(ours):.3g} {'less' if absolute else 'over'} {median(theirs):.3g} {unit}"
@@ -94,7 +99,7 @@ class Contest:
     def row(self, results: Results, figure: str, policy: PolicyName = OURS, *, id: str, bar: str = "",
             published: float | None = None, note: str = "") -> Row:  # fmt: skip
         """A figure by itself."""
-        text, unit, _ = FIGURES[figure]
+        text, unit = FIGURES[figure]
         estimate = level(self.values(results, figure, policy))
         return Row(id, f"{text}, {policy}", unit, estimate, "simulated", published, bar, note)
 

@@ -76,7 +76,7 @@ def ablation(scope: Scope) -> Part:
         return ratio(contests[link, name].values(results, figure), contests[link, "full"].values(results, figure))
 
     def row(results: Results, link: str, name: str, figure: str) -> Row:
-        text, unit, _ = FIGURES[figure]
+        text, unit = FIGURES[figure]
         ours, base = (median(contests[link, one].values(results, figure)) for one in (name, "full"))
         known = _ABLATED[name][1] if figure == "makespan" and name in _ABLATED else None
         note = f"{ours:.4g} over {base:.4g} {unit}" + ("; the paper's table names no figure" if known else "")

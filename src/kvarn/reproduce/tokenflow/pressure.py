@@ -118,8 +118,8 @@ def bursts(scope: Scope) -> Part:
 
     def draw(results: Results, folder: Path) -> None:
         for id, contest in contests.items():
-            runs = {policy: results[contest.cell(policy, contest.seeds[0])] for policy in contest.policies}
-            pictures.draw_burst(runs, folder / f"burst-{id}.png", f"Burst {id}, simulated, seed {contest.seeds[0]}")
+            title = f"Burst {id}, simulated, seed {contest.seeds[0]}"
+            pictures.draw_burst(contest.pictured_runs(results), folder / f"burst-{id}.png", title)
 
     title = "Bursts (a) and (b) against every baseline"
     return Part("e2", title, all_cells((*contests.values(), *paced.values())), rows, draw)
@@ -136,7 +136,7 @@ def _beside_pacing(results: Results, contest: Contest, paced: Contest, id: str) 
     for figure, bar in (("ttft_p99", "< 1"), ("effective", ">= 1"), ("raw", "")):
         made.append(contest.over(results, figure, PACED, id=f"{id}.{figure}", bar=bar))
         values = ratio(paced.values(results, figure), contest.values(results, figure, PACED))
-        text, _, _ = FIGURES[figure]
+        text, _ = FIGURES[figure]
         metric = f"{text}, ratio of pause=always to {PACED}"
         made.append(Row(f"{id}.{figure}.always.vs-{PACED}", metric, "x", values, "simulated", None, bar))
     return made
@@ -178,7 +178,7 @@ def streams(scope: Scope) -> Part:
             if id.endswith("idle"):
                 for figure in ("effective", "ttft_p99", "raw"):
                     bar = "0.98 to 1.02" if figure == "effective" else ""
-                    made.append(contest.over(results, figure, "fcfs", id=f"e3.{id}.{figure}", bar=bar))
+                    made.append(contest.over(results, figure, GREEDY, id=f"e3.{id}.{figure}", bar=bar))
                 continue
             for figure, published, bar in _STREAM:
                 made.append(contest.over(results, figure, id=f"e3.{id}.{figure}", published=published, bar=bar))
@@ -219,8 +219,8 @@ def traces(scope: Scope) -> Part:
 
     def draw(results: Results, folder: Path) -> None:
         for name, contest in contests.items():
-            runs = {policy: results[contest.cell(policy, contest.seeds[0])] for policy in contest.policies}
-            pictures.draw_burst(runs, folder / f"trace-{name[3:]}.png", f"Trace on {name[3:]}, simulated")
+            picture = folder / f"trace-{name[3:]}.png"
+            pictures.draw_burst(contest.pictured_runs(results), picture, f"Trace on {name[3:]}, simulated")
 
     title = f"A BurstGPT-like trace of {minutes} minutes"
     return Part("e4", title, all_cells((*contests.values(), *paced.values())), rows, draw)

@@ -39,7 +39,7 @@ def mixed_rates(scope: Scope) -> Part:
             for _, rate in _MIXED:
                 name = f"{rate:g}"
                 found = [results[contest.cell(OURS, seed)]["classes"][name] for seed in contest.seeds]
-                theirs = [results[contest.cell("fcfs", seed)]["classes"][name]["stall_share"] for seed in contest.seeds]
+                theirs = [results[contest.cell(GREEDY, seed)]["classes"][name]["stall_share"] for seed in contest.seeds]
                 delivered = level([one["delivered"] / rate for one in found])
                 stalls = level([one["stall_share"] for one in found])
                 note = f"fcfs {level(theirs).value:.3g}"
