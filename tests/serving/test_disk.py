@@ -72,6 +72,14 @@ def test_books_hold_whatever_is_written_used_and_dropped(records, seed):
         assert all(entry.header.hash in index for entry in pinned)
 
 
+def keep(folder, text, outputs):
+    """A life in which one request is served, and what it computed is kept on the disk."""
+    engine = engine_on(folder)
+    engine.add(make_request("a", text, outputs))
+    run(engine)
+    engine.close()
+
+
 def test_a_restart_keeps_the_order_of_use_and_the_newer_of_two_copies():
     def stored(record: int, number: int, sequence: int, parent: bytes = b"") -> tuple[int, Header]:
         return record, Header(key(number), parent, b"", SALT, sequence)
@@ -146,10 +154,7 @@ def test_where_a_request_lies_is_told_for_each_tier(tmp_path):
 
 
 def test_closing_writes_what_the_host_has(tmp_path):
-    engine = engine_on(tmp_path)
-    engine.add(make_request("a", prompt(40, 0), 8))
-    run(engine)
-    engine.close()
+    keep(tmp_path, prompt(40, 0), 8)
     again = engine_on(tmp_path)
     assert again.tiers.disk.index.num_entries == 47 // 4
     again.close()
@@ -211,10 +216,7 @@ def test_restarts_on_a_damaged_disk_change_no_text(slots, records, spoiling, fai
 
 
 def test_with_too_small_a_host_as_much_is_read_as_fits(tmp_path):
-    first = engine_on(tmp_path)
-    first.add(make_request("a", prompt(61, 0), 2))
-    run(first)
-    first.close()
+    keep(tmp_path, prompt(61, 0), 2)
     second = engine_on(tmp_path, host_slots=4)
     second.add(make_request("a", prompt(61, 0), 2))
     assert run(second)["a"] == continuation(prompt(61, 0), 2)
@@ -224,10 +226,7 @@ def test_with_too_small_a_host_as_much_is_read_as_fits(tmp_path):
 
 
 def test_a_spoiled_block_ends_what_is_read_and_the_rest_is_computed(tmp_path):
-    first = engine_on(tmp_path)
-    first.add(make_request("a", prompt(41, 0), 2))
-    run(first)
-    first.close()
+    keep(tmp_path, prompt(41, 0), 2)
     second = engine_on(tmp_path)
     file = second.tiers.disk.io.file
     record, _ = sorted(file.scan(), key=lambda pair: pair[1].sequence)[2]
@@ -270,10 +269,7 @@ def test_who_needs_what_is_being_read_waits_for_the_same_read(tmp_path, spoiled)
 
 
 def test_a_client_that_goes_while_its_blocks_are_read_leaves_nothing_behind(tmp_path):
-    first = engine_on(tmp_path)
-    first.add(make_request("a", prompt(41, 0), 2))
-    run(first)
-    first.close()
+    keep(tmp_path, prompt(41, 0), 2)
     second = engine_on(tmp_path)
     second.tiers.disk.io.wait = lambda seconds: None
     second.add(make_request("a", prompt(41, 0), 2))
