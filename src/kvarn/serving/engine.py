@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from kvarn.errors import RequestError
+from kvarn.serving.agent_calls import AgentCalls
+from kvarn.serving.agents.events import AgentEvent, CallReport
 from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest, TokenLogprobs
+from kvarn.serving.block_states import count_blocks
 from kvarn.serving.clock import Clock
 from kvarn.serving.costs import Costs
 from kvarn.serving.counters import Counters
@@ -64,6 +67,7 @@ class Engine:
         vocab_size: int,
         speculator: Speculator | None = None,
         tiers: Tiers | None = None,
+        agents: AgentCalls | None = None,
     ) -> None:
         self.executor = executor
         self.policy = policy
@@ -76,6 +80,7 @@ class Engine:
         self.vocab_size = vocab_size
         self.speculator = speculator
         self.tiers = tiers
+        self.agents = agents
         self.costs = Costs()
         self.counters = Counters()
         self.batch = Batch()
@@ -110,6 +115,20 @@ class Engine:
         insort(self.waiting, request, key=_rank)
         if request.deadline != float("inf"):
             heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if self.agents is not None:
+            self.agents.added(request, self.clock.now())
+
+    def agent_event(self, event: AgentEvent) -> CallReport:
+        """News of a tool call. RequestError for what is unknown or makes no sense; "untracked" without agents."""
+        if self.agents is None:
+            return CallReport(event.request, "untracked")
+        return self.agents.handle(event, self.clock.now())
+
+    def block_states(self) -> dict[str, int]:
+        """The device's blocks by what they are held for; see kvarn.serving.block_states."""
+        return count_blocks(
+            self.cache.pool, self.loading, self.tiers, None if self.agents is None else self.agents.held
+        )
 
     def cancel(self, id: str) -> None:
         """End a request now; unknown or finished ids are ignored (its last token may have crossed the cancel)."""
@@ -165,10 +184,11 @@ class Engine:
     def check(self) -> None:
         """Raise AssertionError unless queues, states and KV blocks agree."""
         holders = self.running + self.loading
+        stand_ins, reserved = ([], []) if self.agents is None else self.agents.held.holders()
         if self.tiers is None:
-            self.cache.check(holders)
+            self.cache.check(holders + stand_ins, reserved)
         else:
-            self.tiers.check(holders)
+            self.tiers.check(holders + stand_ins, reserved)
         assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
         assert all(r.state is RequestState.LOADING for r in self.loading)
         assert all(r.state is RequestState.RUNNING for r in self.running)
@@ -181,6 +201,9 @@ class Engine:
         if self.tiers is None:
             return
         for request, filled in self.tiers.collect():
+            if self.agents is not None and self.agents.held.owns(request):
+                self.agents.held.uploaded(request, filled, now)
+                continue
             self.loading.remove(request)
             request.moved_at = now
             if filled:
@@ -193,6 +216,8 @@ class Engine:
                 insort_left(self.waiting, request, key=_rank)
 
     def _expire(self, now: float) -> None:
+        if self.agents is not None:
+            self.agents.tend(now)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, id = heapq.heappop(self._deadlines)
             if id in self._requests:
@@ -204,6 +229,8 @@ class Engine:
             return Batch()
         decision = self.policy.decide(self._snapshot(), now)
         self.wake_at = decision.wake_at
+        if decision.stalls and self.agents is not None:
+            self.agents.apply(decision.stalls, now)
         for id in decision.preempt:
             self._preempt(self._requests[id])
         if self.tiers is not None:
@@ -319,6 +346,8 @@ class Engine:
         request.moved_at = self.clock.now()
         self.running.append(request)
         self.cache.admit(request)
+        if self.agents is not None:
+            self.agents.taken_over(request, request.moved_at)
 
     def _load(self, tiers: Tiers, request: Request) -> None:
         """Start bringing a waiting request back from the host; nothing changes where that cannot be done now."""
@@ -327,6 +356,8 @@ class Engine:
             request.move_to(RequestState.LOADING)
             request.moved_at = self.clock.now()
             self.loading.append(request)
+            if self.agents is not None:
+                self.agents.taken_over(request, request.moved_at)
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks; its tokens stay, and their KV is loaded or recomputed later."""
@@ -343,6 +374,9 @@ class Engine:
         self, request: Request, reason: FinishReason, *, error: str | None = None, emission: Emission | None = None
     ) -> None:
         """The one way out: blocks back, state forgotten, the client told."""
+        if self.agents is not None:
+            goes_on = request.may_call and request.state is RequestState.RUNNING and reason is not FinishReason.ERROR
+            self.agents.ended(request, self.clock.now(), goes_on=goes_on)
         if request.state is RequestState.WAITING:
             del self.waiting[self._waiting_index(request)]
         elif request.state is RequestState.LOADING:
@@ -377,14 +411,21 @@ class Engine:
             max_running=self.max_running,
             num_blocks=self.cache.pool.num_blocks,
             prefix_hit=lambda id: self.cache.lookup(self._requests[id]),
-            reclaimable_blocks=lambda id: self.cache.reclaimable(self._requests[id]),
+            reclaimable_blocks=self._reclaimable,
             shares_prefix=lambda id, other, tokens: self.cache.shares_prefix(
                 self._requests[id], self._requests[other], tokens
             ),
             costs=self.costs,
             loading=self.loading,
             tiers=self._books,
+            agents=self.agents,
         )
+
+    def _reclaimable(self, id: str) -> int:
+        request = self._requests.get(id)
+        if request is not None:
+            return self.cache.reclaimable(request)
+        return 0 if self.agents is None else self.agents.reclaimable_blocks(id)
 
     def _waiting_index(self, request: Request) -> int:
         index = bisect_left(self.waiting, _rank(request), key=_rank)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.errors import IllegalTransition
+from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.reader import DEFAULT_RATE, Reader
 from kvarn.serving.sampling.params import SamplingParams
 
@@ -96,6 +97,14 @@ class Request:
     """When it last was admitted, loaded or preempted, on the engine's clock."""
     reader: Reader = field(default_factory=Reader)
     """Who reads the tokens, and how far he is."""
+    agent: AgentHints | None = None
+    """What its client says of the agent behind it."""
+    continues: str = ""
+    """The request whose tool call this one answers."""
+    may_call: bool = False
+    """Whether it may end with a tool call."""
+    retain_seconds: float = UNKNOWN
+    """How long its client wants its KV kept after its end."""
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -111,6 +120,10 @@ class Request:
         priority: int = 0,
         deadline: float = float("inf"),
         stream_rate: float = DEFAULT_RATE,
+        agent: AgentHints | None = None,
+        continues: str = "",
+        may_call: bool = False,
+        retain_seconds: float = UNKNOWN,
     ) -> Request:
         tokens = np.empty(len(prompt) + min(params.max_tokens, _OUTPUT_ROOM), dtype=np.int32)
         tokens[: len(prompt)] = prompt
@@ -118,7 +131,8 @@ class Request:
         return cls(
             id=id, prompt_length=len(prompt), params=params, tokens=tokens, arrival=arrival, tenant=tenant,
             priority=priority, deadline=deadline, stop_tokens=stop_tokens, num_tokens=len(prompt),
-            reader=Reader(stream_rate),
+            reader=Reader(stream_rate), agent=agent, continues=continues, may_call=may_call or agent is not None,
+            retain_seconds=retain_seconds,
         )  # fmt: skip
 
     def move_to(self, state: RequestState) -> None:

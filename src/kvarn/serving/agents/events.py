@@ -20,6 +20,8 @@ class CallStart(msgspec.Struct, tag="call_start", array_like=True, frozen=True):
     """The client's estimate."""
     stages: tuple[str, ...] = ()
     """Names of its parts, in order."""
+    implicit: bool = False
+    """Whether the server has concluded it from the answer; a client that says it too adds to it."""
 
 
 class CallProgress(msgspec.Struct, tag="call_progress", array_like=True, frozen=True):

@@ -110,6 +110,12 @@ class KVCache:
         request.num_blocks = request.num_computed = request.indexed_blocks = 0
         request.prefix_entry = ROOT
 
+    def discard(self, request: Request) -> None:
+        """Forget the content of blocks that only this request holds; they are free once it releases them."""
+        for block in request.blocks:
+            if self.pool.references(block) == 1 and block in self.index:
+                self.index.remove(block)
+
     def salt(self, request: Request) -> str:
         """Whose content a request's blocks are: only equal ones of equal salt are the same."""
         return request.tenant if self.share_prefixes else f"{request.tenant}\0{request.id}"

@@ -122,6 +122,10 @@ class Tiers:
         """Blocks of a running request that have no copy on the host, finished or under way; a partial one counts."""
         return self.cache.blocks_for(request.num_computed) - len(self._mirrors.of(request))
 
+    def is_leaving(self, request: Request) -> bool:
+        """Whether copies to the host that are kept for a request are under way."""
+        return not all(entry.clean for entry in self._mirrors.of(request))
+
     def mirror(self, request: Request, limit: int) -> int:
         """Queue copies of at most `limit` of a running request's full blocks that have none; how many were queued.
 
@@ -262,10 +266,13 @@ class Tiers:
                 self.disk.collect(self.host)
             self.disk.io.close()
 
-    def check(self, holders: Iterable[Request]) -> None:
-        """Raise AssertionError unless the books agree with one another and with the device's."""
+    def check(self, holders: Iterable[Request], also_held: Sequence[int] = ()) -> None:
+        """Raise AssertionError unless the books agree with one another and with the device's.
+
+        `also_held`: device blocks that neither holders nor copies reference.
+        """
         self.host.check()
-        self.cache.check(holders, self.held_blocks())
+        self.cache.check(holders, [*self.held_blocks(), *also_held])
         pins: dict[HostEntry, int] = {}
         held = [self._mirrors.pinned(), self._arrivals.pinned()]
         held += [flight.entries for flight in self._flights.values()]

@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from kvarn.serving.agents.hints import AgentHints
+from kvarn.serving.agents.lifecycle import Call
+from kvarn.serving.agents.moves import StallMove
+from kvarn.serving.agents.programs import Program
+
 
 class ReaderView(Protocol):
     """Who reads a request's tokens (kvarn.serving.reader.Reader satisfies it)."""
@@ -48,6 +53,51 @@ class RequestView(Protocol):
     def max_outputs(self) -> int: ...
     @property
     def reader(self) -> ReaderView: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def agent(self) -> AgentHints | None: ...
+
+
+class StallView(Protocol):
+    """A conversation whose agent waits for a tool (kvarn.serving.stalls.Stall satisfies it)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def call(self) -> Call: ...
+    @property
+    def held_blocks(self) -> int:
+        """Device blocks held for it, shared ones included."""
+        ...
+
+    @property
+    def reserved_blocks(self) -> int:
+        """Of these, those held for its return."""
+        ...
+
+
+class AgentView(Protocol):
+    """What the engine knows of agents (kvarn.serving.stalls.AgentBooks satisfies it)."""
+
+    @property
+    def stalls(self) -> Sequence[StallView]: ...
+
+    def program(self, request_id: str) -> Program | None:
+        """The program of a request; None for a request of nobody's agent."""
+        ...
+
+    def call_of(self, request_id: str) -> Call | None:
+        """The call that a waiting request goes on from."""
+        ...
+
+    def unmirrored_blocks(self, id: str) -> int:
+        """Blocks of a stall on the device that have no copy on the host."""
+        ...
+
+    def loadable_blocks(self, id: str) -> int:
+        """Blocks of a stall that the device lacks and other tiers have."""
+        ...
 
 
 class CostView(Protocol):
@@ -127,6 +177,8 @@ class Snapshot:
     """Requests whose blocks are on their way back from the host: they hold device blocks and run when filled."""
     tiers: TierView | None = None
     """None without a host tier."""
+    agents: AgentView | None = None
+    """None where the policy does not ask for agents."""
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -153,6 +205,8 @@ class Decision:
     """As preempt, but blocks without a copy are copied first, and come free when that is done."""
     load: tuple[str, ...] = ()
     """Waiting requests to bring back from the host; ignored where that cannot be done now."""
+    stalls: tuple[StallMove, ...] = ()
+    """What is to become of stalled conversations; done before everything else."""
     wake_at: float = float("inf")
     """When to decide again at the latest, if nothing was granted and nothing else happens."""
 

@@ -82,7 +82,9 @@ class Step:
         return self._coming
 
     def decision(self, wake_at: float = float("inf")) -> Decision:
-        return Decision(tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), wake_at)
+        return Decision(
+            tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), wake_at=wake_at
+        )
 
     # ---- those that run ----------------------------------------------------------------------------------
 
