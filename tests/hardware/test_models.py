@@ -16,6 +16,7 @@ from kvarn.hardware.models import ModelShape, known_models, load_model_shape
     [
         ("llama3-8b", 8_030_261_248),
         ("qwen2-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
         ("qwen2.5-32b", 32_763_876_352),
         ("smollm2-135m", 134_515_008),
         ("smollm2-360m", 361_821_120),
@@ -28,7 +29,8 @@ def test_weights_are_as_many_as_published(name: str, weights: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kib"), [("llama3-8b", 128), ("qwen2-7b", 56), ("qwen2.5-32b", 256), ("qwen2.5-0.5b", 12)]
+    ("name", "kib"),
+    [("llama3-8b", 128), ("qwen2-7b", 56), ("qwen2.5-14b", 192), ("qwen2.5-32b", 256), ("qwen2.5-0.5b", 12)],
 )
 def test_kv_bytes_of_a_token_in_bfloat16(name: str, kib: int) -> None:
     assert load_model_shape(name).kv_bytes_per_token() == kib * 1024

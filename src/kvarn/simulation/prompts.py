@@ -23,9 +23,14 @@ def prompt_tokens(spec: RequestSpec, index: int, vocabulary: int) -> NDArray[np.
     width = spec.prefix_block_tokens
     shared = min(len(spec.prefix_ids) * width, spec.prompt_tokens)
     blocks = np.repeat(np.array(spec.prefix_ids, dtype=np.uint64), width)[:shared]
-    places = np.arange(spec.prompt_tokens, dtype=np.uint64)
     seeds = np.full(spec.prompt_tokens, _OWN + index, dtype=np.uint64)
     seeds[:shared] = blocks
+    return mixed_tokens(seeds, vocabulary)
+
+
+def mixed_tokens(seeds: NDArray[np.uint64], vocabulary: int) -> NDArray[np.int32]:
+    """One id below `vocabulary` for each place, by its seed; shape of `seeds`: (tokens,)."""
+    places = np.arange(len(seeds), dtype=np.uint64)
     mixed = (seeds * _MIX) ^ ((places + np.uint64(1)) * _STIR)
     mixed = (mixed ^ (mixed >> _SHIFT)) * _MIX
     tokens: NDArray[np.int32] = ((mixed >> _SHIFT) % np.uint64(vocabulary)).astype(np.int32)

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +69,24 @@ class Run:
     load: LoadSeries
 
 
-class _Clients:
-    """Those who send the workload and read its answers."""
+class Clients(Protocol):
+    """Those who send requests to an engine and read what comes."""
+
+    def act(self, now: float) -> None:
+        """Do what is due."""
+        ...
+
+    def next_event(self) -> float:
+        """When `act` will have something to do, whatever the engine does; infinity when never again."""
+        ...
+
+    def read(self, emissions: Sequence[Emission], now: float) -> None:
+        """Take what a step has made."""
+        ...
+
+
+class _Readers:
+    """Those who send the requests of a workload, each by itself."""
 
     def __init__(self, engine: Engine, specs: Sequence[RequestSpec], on_done: Callable[[RequestRecord], None]) -> None:
         self.engine = engine
@@ -134,16 +151,25 @@ def run(
     Each request ends exactly once: `on_done` hears of it, and its record is in the result. Raises RuntimeError when
     the engine lets requests wait for ever.
     """
+    clients, load = _Readers(engine, specs, on_done), LoadSeries()
+    play(engine, clients, load.note)
+    return Run([record for record in clients.records if record is not None], load)
+
+
+def play(engine: Engine, clients: Clients, on_step: Callable[[Engine, float], None]) -> None:
+    """Let clients and engine work until nobody wants anything any more; `on_step` hears of each step that computed.
+
+    Raises TypeError without a `VirtualClock`, RuntimeError when the engine lets requests wait for ever.
+    """
     clock = engine.clock
     if not isinstance(clock, VirtualClock):
         raise TypeError(f"the engine's clock is a {type(clock).__name__}; a simulation needs a VirtualClock")
-    clients = _Clients(engine, specs, on_done)
     with _rare_collections():
-        return _run(engine, clock, clients)
+        _play(engine, clock, clients, on_step)
 
 
-def _run(engine: Engine, clock: VirtualClock, clients: _Clients) -> Run:
-    load, last_progress = LoadSeries(), clock.now()
+def _play(engine: Engine, clock: VirtualClock, clients: Clients, on_step: Callable[[Engine, float], None]) -> None:
+    last_progress = clock.now()
     while True:
         before = clock.now()
         clients.act(before)
@@ -159,14 +185,13 @@ def _run(engine: Engine, clock: VirtualClock, clients: _Clients) -> Run:
         now = clock.now()
         clients.read(emissions, now)
         if now > before:
-            load.note(engine, now)
+            on_step(engine, now)
             last_progress = now
         elif not emissions:
             events = (clients.next_event(), engine.wake_at, before + _IDLE_SECONDS)
             clock.advance(min(moment for moment in events if moment > before) - before)
             if before - last_progress > _STUCK_SECONDS:
                 raise RuntimeError(f"the engine computed nothing for {_STUCK_SECONDS:g} s while requests waited")
-    return Run([record for record in clients.records if record is not None], load)
 
 
 @contextmanager
