@@ -34,8 +34,10 @@ from kvarn.serving.api.messages import (
     StartFailed,
     StepOutputs,
     Submit,
+    Tell,
     ToEngine,
     TokenOutput,
+    Told,
     Watch,
 )
 from kvarn.serving.config import EngineConfig
@@ -106,6 +108,8 @@ class EngineProcess:
                 self.engine.acknowledge(message.id, message.tokens, message.fastest)
             case Watch():
                 self.outbox.send(report_streams(self.engine, self._stats(), message.limit))
+            case Tell():
+                self._tell(message)
             case Shutdown():
                 self.stop()
 
@@ -121,6 +125,15 @@ class EngineProcess:
             reason, field = f"the request could not be prepared: {error}", None
         refusal = TokenOutput(message.id, [], FinishReason.ERROR.value, error=reason, error_field=field)
         self.outbox.send(StepOutputs([refusal]))
+
+    def _tell(self, message: Tell) -> None:
+        """News of a tool call: what comes of it, or why nothing does, to who waits to hear it."""
+        try:
+            told = Told(message.number, self.engine.agent_event(message.event))
+        except RequestError as error:
+            told = Told(message.number, None, str(error), error.field, error.status)
+        if message.number:
+            self.outbox.send(told)
 
     def _request(self, message: Submit) -> Request:
         now = self.engine.clock.now()
@@ -138,6 +151,10 @@ class EngineProcess:
             priority=message.priority,
             deadline=now + message.timeout,
             stream_rate=message.stream_rate,
+            agent=message.agent,
+            continues=message.continues,
+            may_call=message.may_call,
+            retain_seconds=message.retain_seconds,
         )
 
     def _send(self, outputs: list[TokenOutput], *, force_stats: bool = False) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.server import run_server
+from kvarn.serving.config import EngineConfig
 
 ENGINE = Path(__file__).with_name("standin_engine.py")
 
@@ -16,6 +17,7 @@ ENGINE = Path(__file__).with_name("standin_engine.py")
 def main() -> int:
     fields = json.loads(sys.argv[1])
     fields["api_keys"] = tuple(fields.get("api_keys", ()))
+    fields["engine"] = EngineConfig(**fields.get("engine", {}))
     if "record" in fields:
         fields["record"] = Path(fields["record"])
     config = ServerConfig(engine_command=(sys.executable, str(ENGINE)), **fields)

@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from kvarn.serving.agents.events import AgentEvent, CallFinish, CallReport, CallStart, Close
+from kvarn.serving.agents.hints import UNKNOWN
 from kvarn.serving.api.messages import (
     Acknowledge,
     Cancel,
@@ -32,8 +34,10 @@ from kvarn.serving.api.messages import (
     StreamReport,
     StreamsReport,
     Submit,
+    Tell,
     ToEngine,
     TokenOutput,
+    Told,
     Watch,
 )
 from kvarn.serving.batch import TokenLogprobs
@@ -44,6 +48,8 @@ START_FAILURE = os.environ.get("KVARN_STANDIN_START_FAILURE")
 MAX_CONTEXT = int(os.environ.get("KVARN_STANDIN_CONTEXT", "1024"))
 CACHED = 16
 """Prompt tokens that every prompt of so many claims to have found in the cache."""
+MUTE = "mute-0"
+"""A request that events of are never answered."""
 START, END = 1, 2
 """SmolLM2's marks around a message; END also ends a text."""
 
@@ -61,6 +67,14 @@ def script(prompt: list[int]) -> list[int]:
     end = len(prompt) - 1 - prompt[::-1].index(END)
     start = end - 1 - prompt[:end][::-1].index(START)
     return prompt[start + 3 : end + 1]  # without the mark, the role and the line's end
+
+
+def facts_of(event: AgentEvent) -> dict[str, object]:
+    return msgspec.to_builtins(msgspec.structs.asdict(event))
+
+
+def event_seconds(event: AgentEvent) -> float:
+    return event.seconds if isinstance(event, CallStart) else UNKNOWN
 
 
 @dataclass
@@ -105,6 +119,8 @@ class StandIn:
         self.running: dict[str, Running] = {}
         self.decoder = msgspec.msgpack.Decoder(ToEngine)
         self.alive = True
+        self.calls: dict[tuple[str, str], str] = {}
+        """(tenant, request) -> what its tool call does, of requests that may make one."""
         self.output_tokens = 0
 
     def send(self, message: FromEngine) -> None:
@@ -113,6 +129,8 @@ class StandIn:
     def handle(self, message: ToEngine) -> None:
         match message:
             case Submit():
+                if message.may_call:
+                    self.calls[message.tenant, message.id] = "answered"
                 facts = msgspec.structs.asdict(message)
                 log("submit", **msgspec.to_builtins(facts, str_keys=True))
                 if message.params.grammar is not None and "impossible" in message.params.grammar.source:
@@ -133,9 +151,30 @@ class StandIn:
                 log("watch", limit=message.limit)
                 told = [request.report() for request in self.running.values()][: message.limit]
                 self.send(StreamsReport(EngineStats(running=len(self.running)), 0, told))
+            case Tell():
+                log("tell", number=message.number, kind=type(message.event).__name__, **facts_of(message.event))
+                told = self.tell(message)
+                if message.number and message.event.request != MUTE:
+                    self.send(told)
             case Shutdown():
                 log("shutdown")
                 self.alive = False
+
+    def tell(self, message: Tell) -> Told:
+        """Starts, progress and finish in this order, each any number of times; what is unknown is not found."""
+        event = message.event
+        key = (event.tenant, event.request)
+        state = self.calls.get(key)
+        if state is None:
+            return Told(message.number, None, f"no request {event.request!r} here", "request", 404)
+        also = "answered" if isinstance(event, CallStart) else "over" if isinstance(event, CallFinish) else ""
+        if not isinstance(event, Close) and state not in ("calling", also):
+            return Told(message.number, None, "no call goes on", "request", 409)
+        if isinstance(event, Close):
+            del self.calls[key]
+            return Told(message.number, CallReport(event.request, "dead", closed=1))
+        self.calls[key] = "over" if isinstance(event, CallFinish) else "calling"
+        return Told(message.number, CallReport(event.request, self.calls[key], event_seconds(event), held_blocks=3))
 
     def serve(self) -> None:
         while self.alive:

@@ -205,6 +205,7 @@ PATHS = (CHAT, "/v1/completions", "/v1/responses")
 FIELDS = (
     *("messages", "prompt", "input", "tools", "tool_choice", "stop", "n", "logprobs", "response_format", "logit_bias"),
     *("max_tokens", "stream", "stream_options", "seed", "top_k", "text", "instructions", "chat_template_kwargs"),
+    *("priority", "prompt_cache_key", "kv_hints", "nvext"),
 )
 
 

@@ -72,7 +72,27 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
+class HintOutcome(BaseModel):
+    """What became of one hint."""
+
+    hint: str
+    outcome: Literal["accepted", "clipped", "ignored"]
+    reason: str = ""
+
+
+class HintOutcomes(BaseModel):
+    protocol_version: Literal[1]
+    message_id: str = ""
+    outcomes: list[HintOutcome]
+
+
+class Advised(BaseModel):
+    """An answer that tells what became of the request's hints, where it had any."""
+
+    kv_hints: HintOutcomes = Field(default_factory=lambda: HintOutcomes(protocol_version=1, outcomes=[]))
+
+
+class ChatCompletion(Advised):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -95,7 +115,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
+class Completion(Advised):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -112,7 +132,7 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
 
-class ResponseObject(BaseModel):
+class ResponseObject(Advised):
     id: str
     object: Literal["response"]
     created_at: int
@@ -226,6 +246,23 @@ class StreamList(BaseModel):
     """0 where blocks are never copied."""
     tokens_per_second: float
     copy_bytes_per_second: CopySpeeds
+
+
+class AgentCall(BaseModel):
+    """Where a tool call stands. Times in seconds; null where nobody knows."""
+
+    object: Literal["agent.call"]
+    request: str
+    state: str
+    expected_seconds: float | None
+    """Of the whole call, as forecast when it began."""
+    remaining_seconds: float | None
+    deadline_seconds: float | None
+    """Until it is given up."""
+    held_blocks: int
+    """KV blocks kept on the device for it."""
+    closed: int
+    """Calls that a close has ended."""
 
 
 class Health(BaseModel):

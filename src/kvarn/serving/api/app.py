@@ -12,7 +12,9 @@ from starlette.responses import Response
 
 from kvarn import __version__
 from kvarn.errors import KvarnError
+from kvarn.serving.api.agents import Agents
 from kvarn.serving.api.answer_schemas import (
+    AgentCall,
     ChatCompletion,
     Completion,
     Detokenized,
@@ -33,6 +35,7 @@ from kvarn.serving.api.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EventRequest,
     ReadRequest,
     ResponsesRequest,
     TokenizeRequest,
@@ -73,6 +76,7 @@ def make_app(service: Service) -> FastAPI:
     post("/v1/chat/completions", ChatCompletions(service).create, ChatRequest, ChatCompletion, streams=True)
     post("/v1/completions", Completions(service).create, CompletionRequest, Completion, streams=True)
     post("/v1/responses", Responses(service).create, ResponsesRequest, ResponseObject, streams=True)
+    post("/v1/agents/events", Agents(service).event, EventRequest, AgentCall)
     models, tokens, condition = Models(service), Tokens(service), Condition(service)
     streams = Streams(service)
     get("/v1/streams", streams.index, StreamList, STREAMS_QUERY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +15,7 @@ from starlette.responses import Response
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.generation import Delta, Generation, new_id
 from kvarn.serving.api.logprobs import chat_logprobs
-from kvarn.serving.api.schemas import ChatRequest, messages_json
+from kvarn.serving.api.schemas import ChatRequest, answered_calls, messages_json
 from kvarn.serving.api.service import Service, abort_when_gone, output_limit
 from kvarn.serving.api.sse import EventStream, chunk_template, last_chunk
 from kvarn.serving.api.tools import AnswerParser, CallPiece, TextPiece, ToolPlan
@@ -53,8 +55,11 @@ class ChatCompletions:
         logprobs = (body.top_logprobs or 0) if body.logprobs else -1
         grammar = plan.grammar(service.text) or grammar_of(body.response_format)
         params = sampling_params(body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
-        ask = ask_of(
-            body, "chat.completions", [prompt], params, tenant, service.stream_rate(request, body.stream_rate, tenant)
+        rate = service.stream_rate(request, body.stream_rate, tenant)
+        ask = replace(
+            ask_of(body, "chat.completions", [prompt], params, tenant, rate, service.hints(request, body)),
+            tools=bool(plan.offered),
+            continues=service.calls.request_of(tenant, answered_calls(body.messages)),
         )
         generation = service.generate(new_id("chatcmpl-"), ask, link, arrival, streams=bool(body.stream))
         writer = _Writer(service, generation, plan)
@@ -73,7 +78,8 @@ class _Writer:
         self._text = service.text
         self._generation = generation
         self._model = service.model_name
-        self._parsers = [AnswerParser(service.text, plan) for _ in generation.sequences]
+        on_calls = partial(service.note_calls, generation)
+        self._parsers = [AnswerParser(service.text, plan, on_calls) for _ in generation.sequences]
         self._with_logprobs = generation.ask.params.logprobs >= 0
 
     async def whole(self) -> Response:
@@ -109,15 +115,17 @@ class _Writer:
             }
             for index in range(count)
         ]
+        hints = self._generation.ask.hints
         body = self._base("chat.completion") | {"choices": choices, "usage": self._generation.usage.to_json()}
-        return Response(_json.encode(body), media_type="application/json")
+        return Response(_json.encode(body | hints.answer()), 200, hints.headers(), media_type="application/json")
 
     async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         base = self._base("chat.completion.chunk")
         choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}'
         template = chunk_template(base, choice, include_usage=include_usage)
+        first = chunk_template(base | self._generation.ask.hints.answer(), choice, include_usage=include_usage)
         greeting: bytes = b"".join(
-            template % (index, b'{"role":"assistant","content":""}', b"null", b"null")
+            (template if index else first) % (index, b'{"role":"assistant","content":""}', b"null", b"null")
             for index in range(len(self._parsers))
         )
         while not self._generation.done:

@@ -51,9 +51,8 @@ class Completions:
         params = sampling_params(
             body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar_of(body.response_format)
         )
-        ask = ask_of(
-            body, "completions", prompts, params, tenant, service.stream_rate(request, body.stream_rate, tenant)
-        )
+        rate = service.stream_rate(request, body.stream_rate, tenant)
+        ask = ask_of(body, "completions", prompts, params, tenant, rate, service.hints(request, body))
         echoes = await self._echoes(body, prompts)
         generation = service.generate(
             new_id("cmpl-"), ask, link, arrival, streams=bool(body.stream)
@@ -146,24 +145,25 @@ class _Writer:
             ],
             "usage": self._generation.usage.to_json(),
         }
-        return Response(_json.encode(body), media_type="application/json")
+        hints = self._generation.ask.hints
+        return Response(_json.encode(body | hints.answer()), 200, hints.headers(), media_type="application/json")
 
     async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         base = self._base()
         choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
         template = chunk_template(base, choice, include_usage=include_usage)
+        first = chunk_template(base | self._generation.ask.hints.answer(), choice, include_usage=include_usage)
         while not self._generation.done:
-            events = b"".join(
-                template
-                % (
-                    delta.index,
-                    _json.encode(self._echo_once(delta.index) + delta.text),
-                    _json.encode(self._logprobs(delta)),
-                    _json.encode(delta.finish_reason),
-                )
-                for delta in await self._generation.read()
-                if delta.text or delta.finish_reason or delta.logprobs
-            )
+            events = b""
+            for delta in await self._generation.read():
+                if delta.text or delta.finish_reason or delta.logprobs:
+                    events += first % (
+                        delta.index,
+                        _json.encode(self._echo_once(delta.index) + delta.text),
+                        _json.encode(self._logprobs(delta)),
+                        _json.encode(delta.finish_reason),
+                    )
+                    first = template
             if events:
                 yield events
         yield last_chunk(base, self._generation.usage if include_usage else None)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from kvarn.serving.agents.events import AgentEvent
 from kvarn.serving.api.messages import (
     Acknowledge,
     Cancel,
@@ -29,8 +32,10 @@ from kvarn.serving.api.messages import (
     StepOutputs,
     StreamsReport,
     Submit,
+    Tell,
     ToEngine,
     TokenOutput,
+    Told,
     Watch,
 )
 from kvarn.serving.api.speed import Speed
@@ -87,6 +92,8 @@ class EngineLink:
         self._mailboxes: dict[str, Mailbox] = {}
         self._unstarted: set[str] = set()
         self._questions: deque[asyncio.Future[StreamsReport | None]] = deque()
+        self._told: dict[int, asyncio.Future[Told | None]] = {}
+        self._numbers = itertools.count(1)
         self._speed = Speed()
         self._context = zmq.Context()
         # Sending must work from synchronous code (a cancelled handler cannot await), so only receiving is async.
@@ -153,6 +160,27 @@ class EngineLink:
         if not question.done():  # nor did they leave meanwhile
             question.set_result(report)
 
+    async def tell(self, event: AgentEvent) -> Told | None:
+        """What the engine says to an event; None when it ends before it answers."""
+        number = next(self._numbers)
+        answer: asyncio.Future[Told | None] = asyncio.get_running_loop().create_future()
+        self._told[number] = answer
+        try:
+            self._send(Tell(number, event))
+            return await answer
+        finally:
+            self._told.pop(number, None)
+
+    def mention(self, event: AgentEvent) -> None:
+        """Tell an event without waiting for what the engine says to it."""
+        self._send(Tell(0, event))
+
+    def note_told(self, told: Told) -> None:
+        """Hand an answer to who asked, if they have not left meanwhile."""
+        answer = self._told.get(told.number)
+        if answer is not None and not answer.done():
+            answer.set_result(told)
+
     def shut_down(self) -> None:
         self._send(Shutdown())
 
@@ -187,7 +215,8 @@ class EngineLink:
         self._unstarted.clear()
         for mailbox in failed:
             mailbox.fail(error)
-        for question in self._questions:
+        unanswered: list[asyncio.Future[Any]] = [*self._questions, *self._told.values()]
+        for question in unanswered:
             if not question.done():
                 question.set_result(None)
         self._questions.clear()

@@ -17,8 +17,10 @@ import msgspec
 
 from kvarn.errors import EngineDead, RequestError
 from kvarn.models.tokenizer import IncrementalDecoder
+from kvarn.serving.agents.events import CallStart
 from kvarn.serving.api.engine_client import EngineLink, Mailbox
 from kvarn.serving.api.errors import ClientGone, GenerationFailed, RequestTimeout, Unavailable
+from kvarn.serving.api.hints import NO_HINTS, Hints
 from kvarn.serving.api.messages import Submit, TokenOutput
 from kvarn.serving.api.metrics import Metrics
 from kvarn.serving.api.pacing import PacedMailbox
@@ -44,10 +46,19 @@ class Ask:
     """Leave the stop string in the text."""
     show_special: bool = False
     """Leave special tokens in the text."""
-    priority: int = 0
     tenant: str = ""
     stream_rate: float = DEFAULT_RATE
     """Tokens a second that the reader takes."""
+    hints: Hints = NO_HINTS
+    tools: bool = False
+    """Whether the model may answer with calls."""
+    continues: str = ""
+    """The engine request whose calls this one has the results of."""
+
+    @property
+    def is_single(self) -> bool:
+        """One sequence: only then can an answer's call be anything but the answer itself."""
+        return len(self.prompts) * self.n == 1
 
 
 @dataclass(slots=True)
@@ -139,12 +150,23 @@ class Generation:
         ]
         self._running = {sequence.id: sequence for sequence in self.sequences}
         for sequence in self.sequences:
-            link.submit(
-                Submit(
-                    sequence.id, sequence.prompt, sequence.params, ask.tenant, ask.priority, timeout, ask.stream_rate
-                ),
-                self._mailbox,
-            )
+            link.submit(self._submit(sequence, timeout), self._mailbox)
+
+    def _submit(self, sequence: _Sequence, timeout: float) -> Submit:
+        ask, hints = self.ask, self.ask.hints
+        return Submit(
+            sequence.id,
+            sequence.prompt,
+            sequence.params,
+            ask.tenant,
+            hints.priority,
+            timeout,
+            ask.stream_rate,
+            agent=hints.agent,
+            continues=ask.continues,
+            may_call=ask.is_single and (ask.tools or hints.agent is not None or hints.retain_seconds > 0),
+            retain_seconds=hints.retain_seconds,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -173,6 +195,12 @@ class Generation:
         if index >= len(self.sequences):
             raise RequestError(f"there is no answer {index}; this request has {len(self.sequences)}", field="index")
         self._link.acknowledge(self.sequences[index].id, tokens, fastest)
+
+    def note_calls(self, tools: list[str]) -> str:
+        """The answer, of one sequence, has ended with calls of these tools: its engine request, which is told."""
+        id = self.sequences[0].id
+        self._link.mention(CallStart(id, self.ask.tenant, tool=",".join(tools), implicit=True))
+        return id
 
     def abort(self, error: BaseException) -> None:
         """Stop everything now; the reader gets `error`."""
@@ -275,6 +303,8 @@ class Generation:
             finish_reason=sequence.finish_reason or ("error" if isinstance(error, EngineDead) else "cancelled"),
             params=sequence.params,
             stream_rate=self.ask.stream_rate,
+            agent=self.ask.hints.agent,
+            continues=self.ask.continues,
         )
 
 

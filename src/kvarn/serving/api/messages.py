@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvarn.serving.agents.events import AgentEvent, CallReport
+from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.batch import TokenLogprobs
 from kvarn.serving.reader import DEFAULT_RATE
 from kvarn.serving.sampling.params import SamplingParams
@@ -25,6 +27,13 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     """Seconds from arrival after which the engine gives the request up."""
     stream_rate: float = DEFAULT_RATE
     """Tokens a second that its reader takes."""
+    agent: AgentHints | None = None
+    continues: str = ""
+    """The request whose tool call this one answers."""
+    may_call: bool = False
+    """It may end with a tool call: worth remembering after its end."""
+    retain_seconds: float = UNKNOWN
+    """How long its client wants its KV kept after its end; 0: not at all."""
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True):
@@ -46,11 +55,19 @@ class Watch(msgspec.Struct, tag="watch", array_like=True):
     """Streams to tell of at most."""
 
 
+class Tell(msgspec.Struct, tag="tell", array_like=True):
+    """News of a tool call, or a question where it stands: answered by one Told with the same number."""
+
+    number: int
+    """0: nobody waits for the answer, so there is none."""
+    event: AgentEvent
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
 
 
-ToEngine = Submit | Cancel | Acknowledge | Watch | Shutdown
+ToEngine = Submit | Cancel | Acknowledge | Watch | Tell | Shutdown
 
 # ---- engine -> API ---------------------------------------------------------------------------------------
 
@@ -183,10 +200,22 @@ class StreamsReport(msgspec.Struct, tag="streams", array_like=True):
     """Of KV in a block; 0 where nothing is ever copied."""
 
 
+class Told(msgspec.Struct, tag="told", array_like=True):
+    """What became of a Tell: a report, or why it was refused."""
+
+    number: int
+    report: CallReport | None = None
+    error: str = ""
+    field: str | None = None
+    """Of the event, where one is at fault."""
+    status: int = 200
+    """Of HTTP."""
+
+
 class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
     """The engine cannot start (model, memory): the message says what to do; nothing follows."""
 
     message: str
 
 
-FromEngine = Loading | Ready | StepOutputs | StreamsReport | StartFailed
+FromEngine = Loading | Ready | StepOutputs | StreamsReport | Told | StartFailed

@@ -5,7 +5,8 @@ disk. A disk that fails ends recording with one warning, and serving goes on. `c
 
 A line: id, arrival (Unix seconds), time (seconds since the server started), prompt_tokens, output_tokens,
 cached_tokens, block_size, block_hashes (chained, one a full prompt block, salted by tenant), token_times (seconds
-since arrival), finish_reason, params; with content also prompt and output token ids.
+since arrival), finish_reason, params; where a client told of its agent also program, agent and node, and `continues`:
+the id of the sequence whose tool call this one answered; with content also prompt and output token ids.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import msgspec
 import numpy as np
 
 from kvarn.errors import KvarnError
+from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.kvcache.prefix import chain_hashes
 from kvarn.serving.sampling.params import SamplingParams
 
@@ -45,6 +47,9 @@ class FinishedSequence:
     params: SamplingParams
     stream_rate: float
     """Tokens a second that its reader took, as far as he was believed."""
+    agent: AgentHints | None = None
+    continues: str = ""
+    """The sequence whose tool call it answered."""
 
 
 class Recorder:
@@ -106,6 +111,9 @@ class Recorder:
             "stream_rate": sequence.stream_rate,
             "params": msgspec.to_builtins(sequence.params, str_keys=True),
         }
+        agent = sequence.agent or AgentHints()
+        told = {"program": agent.program, "agent": agent.agent, "node": agent.node, "continues": sequence.continues}
+        line |= {name: value for name, value in told.items() if value}
         if not self._content:
             # A grammar and a bias may quote the user: they are content too.
             line["params"]["grammar"] = sequence.params.grammar.kind if sequence.params.grammar else None

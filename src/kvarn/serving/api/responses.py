@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator
+from functools import partial
+from itertools import takewhile
 from typing import Any
 from uuid import uuid4
 
@@ -63,7 +65,16 @@ class Responses:
             grammar=plan.grammar(service.text) or text_grammar(body.text.format if body.text else None),
         )
         rate = service.stream_rate(request, body.stream_rate, tenant)
-        ask = Ask("responses", [prompt], params, tenant=tenant, stream_rate=rate)
+        ask = Ask(
+            "responses",
+            [prompt],
+            params,
+            tenant=tenant,
+            stream_rate=rate,
+            hints=service.hints(request, body),
+            tools=bool(plan.offered),
+            continues=service.calls.request_of(tenant, _answered_calls(body)),
+        )
         generation = service.generate(new_id("resp_"), ask, link, arrival, streams=bool(body.stream))
         answer = _Answer(service, generation, plan, body)
         if body.stream:
@@ -79,7 +90,7 @@ class _Answer:
     def __init__(self, service: Service, generation: Generation, plan: ToolPlan, body: ResponsesRequest) -> None:
         self._text = service.text
         self._generation = generation
-        self._parser = AnswerParser(service.text, plan)
+        self._parser = AnswerParser(service.text, plan, partial(service.note_calls, generation))
         self._with_logprobs = generation.ask.params.logprobs >= 0
         self._base = _response_base(service.model_name, generation, body)
         self._output: list[dict[str, Any]] = []
@@ -93,7 +104,8 @@ class _Answer:
             for delta in await self._generation.read():
                 for _ in self._changes(delta):
                     pass
-        return Response(_json.encode(self._response()), media_type="application/json")
+        headers = self._generation.ask.hints.headers()
+        return Response(_json.encode(self._response()), 200, headers, media_type="application/json")
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         news = await self._generation.read()
@@ -251,6 +263,13 @@ def _message_of(item: InputItem, where: str) -> dict[str, Any]:
             return {"role": item.role, "content": _content(item.content)}
 
 
+def _answered_calls(body: ResponsesRequest) -> list[str]:
+    """Ids of the function calls whose results end the conversation, the last first."""
+    items = [] if isinstance(body.input, str) else body.input
+    results = takewhile(lambda item: item.type == "function_call_output", reversed(items))
+    return [item.call_id for item in results if item.call_id]
+
+
 def _content(content: Any) -> Any:
     return content if isinstance(content, str) else [part.model_dump(exclude_none=True) for part in content]
 
@@ -285,7 +304,7 @@ def _response_base(model: str, generation: Generation, body: ResponsesRequest) -
         "top_p": generation.ask.params.top_p,
         "truncation": "disabled",
         "user": body.user,
-    }
+    } | generation.ask.hints.answer()
 
 
 def _text_format(body: ResponsesRequest) -> dict[str, Any]:

@@ -6,16 +6,20 @@ checked up to their first wrong item (`fail_fast`): millions of wrong items must
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from kvarn.serving.api.hint_schemas import Body, HintFields
+from kvarn.serving.api.hints import LONGEST_SECONDS, LONGEST_TEXT
 from kvarn.serving.reader import FASTEST, SLOWEST
 from kvarn.serving.sampling.params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 MAX_N = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 1024
+MOST_STAGES = 64
 _INT64 = 2**63 - 1
 _INT32 = 2**31 - 1
 
@@ -27,17 +31,11 @@ StreamRate = Annotated[float, Field(ge=SLOWEST, le=FASTEST)]
 STREAM_RATE = "extension; tokens per second that the reader takes (also: header X-Stream-Rate)"
 
 
-class Body(BaseModel):
-    """Strict about types, so that a number sent as a string is an error and not a guess."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class SamplingFields(Body):
+class SamplingFields(HintFields):
     """Fields that chat and plain completions share."""
 
     model: str | None = None
@@ -62,7 +60,6 @@ class SamplingFields(Body):
     )
     include_stop_str_in_output: bool | None = Field(None, description="extension")
     skip_special_tokens: bool | None = Field(None, description="extension; default true")
-    priority: int | None = Field(None, ge=-_INT32, le=_INT32, description="extension; lower runs first")
     stream_rate: StreamRate | None = Field(None, description=STREAM_RATE)
 
     @property
@@ -193,6 +190,26 @@ class ReadRequest(Body):
     index: int = Field(0, ge=0, le=MAX_N * MAX_PROMPTS, description="which of the request's answers")
 
 
+ShortText = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
+
+
+class EventRequest(Body):
+    """News of a tool call."""
+
+    type: Literal["call_start", "call_progress", "call_finish", "close"]
+    request: ShortText | None = Field(None, description="id of the answer that made the call, or of the tool call")
+    tool: ShortText | None = None
+    seconds: float | None = Field(
+        None, ge=0, le=LONGEST_SECONDS, description="call_start: an estimate; call_finish: what it took"
+    )
+    stages: Annotated[list[ShortText], Field(max_length=MOST_STAGES, fail_fast=True)] | None = Field(
+        None, description="call_start: names of its parts, in order"
+    )
+    stage: ShortText | None = Field(None, description="call_progress: the part that it has come to")
+    fraction: float | None = Field(None, ge=0, le=1, description="call_progress: how much of it is done")
+    program: ShortText | None = Field(None, description="close: ends all calls of a program")
+
+
 # ---- /v1/responses ---------------------------------------------------------------------------------------
 
 
@@ -232,7 +249,7 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(HintFields):
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
@@ -257,6 +274,12 @@ class ResponsesRequest(Body):
 def messages_json(messages: list[Message] | None) -> list[JsonObject]:
     """Messages as chat templates read them."""
     return [message.model_dump(exclude_none=True) for message in messages or ()]
+
+
+def answered_calls(messages: list[Message]) -> list[str]:
+    """Ids of the tool calls whose results end a conversation, the last first."""
+    results = takewhile(lambda message: message.role == "tool", reversed(messages))
+    return [message.tool_call_id for message in results if message.tool_call_id]
 
 
 def tools_json(tools: list[Tool] | None) -> list[JsonObject]:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
 
 from kvarn.errors import RequestError
 from kvarn.serving.api.auth import ApiKeys
+from kvarn.serving.api.calls import CallBook
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import ClientGone, Unavailable
 from kvarn.serving.api.generation import Ask, Generation
+from kvarn.serving.api.hint_schemas import HintFields
+from kvarn.serving.api.hints import Hints, read_hints
 from kvarn.serving.api.limits import Admission
 from kvarn.serving.api.messages import Ready
 from kvarn.serving.api.metrics import Metrics
@@ -27,6 +31,11 @@ from kvarn.serving.api.recorder import FinishedSequence, Recorder
 from kvarn.serving.api.supervisor import EngineSupervisor
 from kvarn.serving.api.text import ModelText
 from kvarn.serving.reader import FASTEST, SLOWEST
+
+Answer = TypeVar("Answer")
+
+PATIENCE = 10.0
+"""Seconds that the engine may take to answer: it does between steps, and long prompts make long ones."""
 
 
 class Service:
@@ -48,6 +57,7 @@ class Service:
         self.draining = False
         self._recorder = recorder
         self._keys = ApiKeys(config.api_keys, config.stream_rate_limits)
+        self.calls = CallBook()
         self._admission = Admission(config)
         self._generations: dict[str, Generation] = {}
         self._idle = asyncio.Event()
@@ -81,6 +91,16 @@ class Service:
         """Tokens a second that a tenant's readers are believed to take at most."""
         return self._keys.fastest(tenant, self.config.max_stream_rate)
 
+    def hints(self, request: Request, body: HintFields) -> Hints:
+        """What a request says of the agent behind it, and what to answer to that."""
+        return read_hints(body.hint_fields, request.headers, self.config.engine.policy)
+
+    def note_calls(self, generation: Generation, calls: Mapping[str, str]) -> None:
+        """An answer has ended with calls (id -> tool): tell the engine, and know their results when they come."""
+        if generation.ask.is_single:
+            request = generation.note_calls(list(calls.values()))
+            self.calls.note_calls(generation.ask.tenant, calls, request)
+
     def find(self, id: str, tenant: str) -> Generation:
         """A running generation of this tenant. Raises RequestError (404)."""
         generation = self._generations.get(id)
@@ -105,6 +125,13 @@ class Service:
         link = await self.supervisor.wait_ready()
         assert link.ready is not None
         return link, link.ready
+
+    def running_engine(self) -> EngineLink:
+        """The engine, for questions that are worth nothing to its successor. Raises Unavailable."""
+        link = self.supervisor.link
+        if link is None or link.ready is None:
+            raise Unavailable("the engine is not running; it is being started", retry_after=2)
+        return link
 
     def generate(self, id: str, ask: Ask, link: EngineLink, arrival: float, *, streams: bool = False) -> Generation:
         """Admit and start; `arrival` is on `time.monotonic`. Raises RequestError, Overloaded or Unavailable.
@@ -137,6 +164,8 @@ class Service:
             pace=self.config.pace and streams,
         )
         self._generations[id] = generation
+        if not ask.is_single:
+            self.calls.note_plural(ask.tenant, id)
         self._idle.clear()
         return generation
 
@@ -162,6 +191,18 @@ class Service:
     def abort_all(self) -> None:
         for generation in list(self._generations.values()):
             generation.abort(Unavailable("the server is shutting down; send the request again", retry_after=5))
+
+
+async def answered(question: Awaitable[Answer | None]) -> Answer:
+    """What the engine answers to a question, which takes until its step ends. Raises Unavailable."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            answer = await question
+    except TimeoutError:
+        raise Unavailable("the engine is in a long step; ask again soon", retry_after=2) from None
+    if answer is None:
+        raise Unavailable("the engine ended before it answered; it is being started", retry_after=2)
+    return answer
 
 
 def output_limit(

@@ -59,7 +59,7 @@ class EventStream(Response):
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"} | generation.ask.hints.headers())
         self._generation = generation
         self._events = events
         self._error_event = error_event

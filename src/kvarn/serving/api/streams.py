@@ -12,17 +12,14 @@ from starlette.responses import Response
 from kvarn.errors import RequestError
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.engine_client import EngineLink
-from kvarn.serving.api.errors import Unavailable
 from kvarn.serving.api.messages import StreamReport, StreamsReport
 from kvarn.serving.api.schemas import ReadRequest
-from kvarn.serving.api.service import Service
+from kvarn.serving.api.service import Service, answered
 from kvarn.serving.api.small_endpoints import json_response
 
 DEFAULT_LIMIT, MOST_STREAMS = 200, 1000
 FRESH = 0.2
 """Seconds that a report is told again: whatever the number of watchers, the engine is asked five times a second."""
-PATIENCE = 10.0
-"""Seconds that a report may take: the engine answers between steps, and long prompts make long ones."""
 
 STREAMS_QUERY: Final[dict[str, Any]] = {
     "parameters": [
@@ -49,16 +46,8 @@ class Streams:
         service = self._service
         service.tenant(request)
         limit = _limit(request)
-        link = service.supervisor.link
-        if link is None or link.ready is None:
-            raise Unavailable("the engine is not running; it is being started", retry_after=2)
-        try:
-            async with asyncio.timeout(PATIENCE):
-                report = await asyncio.shield(self._report(link, limit))
-        except TimeoutError:
-            raise Unavailable("the engine is in a long step; ask again soon", retry_after=2) from None
-        if report is None:
-            raise Unavailable("the engine ended before it answered; it is being started", retry_after=2)
+        link = service.running_engine()
+        report = await answered(asyncio.shield(self._report(link, limit)))
         return json_response({"object": "list", "model": service.model_name} | _body(report, limit, link))
 
     async def read(self, request: Request, id: str) -> Response:

@@ -22,7 +22,7 @@ from kvarn.models.sources import Progress
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import Unavailable
-from kvarn.serving.api.messages import EngineStats, Loading, Ready, StartFailed, StepOutputs, StreamsReport
+from kvarn.serving.api.messages import EngineStats, Loading, Ready, StartFailed, StepOutputs, StreamsReport, Told
 
 _log = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ class EngineSupervisor:
                         self._on_stats(step.stats)
                 case StreamsReport() as report:
                     link.note_report(report)
+                case Told() as told:
+                    link.note_told(told)
                 case Loading(stage, fraction):
                     self._on_progress(stage, fraction)
                 case Ready() as ready:

@@ -6,6 +6,7 @@ sequence splits its text into pieces of plain text and of calls.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 from uuid import uuid4
@@ -93,10 +94,18 @@ class ToolPlan:
 class AnswerParser:
     """One answer's text, split as it comes. Without tools it is passed on as it is."""
 
-    def __init__(self, text: ModelText, plan: ToolPlan) -> None:
+    def __init__(
+        self, text: ModelText, plan: ToolPlan, on_calls: Callable[[Mapping[str, str]], None] = lambda calls: None
+    ) -> None:
+        """`on_calls` hears of the calls (id -> name) of an answer that ends with them."""
         self._parser = tool_parser(text.tool_format, plan.names) if plan.offered else None
         self._calls_allowed = MANY_CALLS if plan.parallel else 1
-        self.has_calls = False
+        self._on_calls = on_calls
+        self._calls: dict[str, str] = {}
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._calls)
 
     def push(self, delta: Delta) -> list[TextPiece | CallPiece]:
         """What is certain after `delta`; everything that remains when it is the last."""
@@ -105,15 +114,19 @@ class AnswerParser:
         events = self._parser.push(delta.text) if delta.text else []
         if delta.finish_reason is not None:
             events = events + self._parser.finish()
-        return [piece for piece in map(self._piece, events) if piece is not None]
+        pieces = [piece for piece in map(self._piece, events) if piece is not None]
+        if delta.finish_reason == "stop" and self._calls:
+            self._on_calls(self._calls)
+        return pieces
 
     def _piece(self, event: ToolEvent) -> TextPiece | CallPiece | None:
         match event:
             case ContentDelta(text):
                 return TextPiece(text)
             case ToolCallStart(index, name) if index < self._calls_allowed:
-                self.has_calls = True
-                return CallPiece(index, "", id=f"call_{uuid4().hex[:24]}", name=name)
+                id = f"call_{uuid4().hex[:24]}"
+                self._calls[id] = name
+                return CallPiece(index, "", id=id, name=name)
             case ToolCallArguments(index, text) if index < self._calls_allowed:
                 return CallPiece(index, text)
             case _:

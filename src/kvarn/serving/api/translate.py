@@ -7,6 +7,7 @@ from typing import Any
 
 from kvarn.errors import RequestError
 from kvarn.serving.api.generation import Ask
+from kvarn.serving.api.hints import Hints
 from kvarn.serving.api.schemas import ResponseFormat, SamplingFields, TextFormat
 from kvarn.serving.sampling.params import UNSET_SEED, Grammar, SamplingParams
 
@@ -45,6 +46,7 @@ def ask_of(
     params: SamplingParams,
     tenant: str,
     stream_rate: float,
+    hints: Hints,
 ) -> Ask:
     """What a chat or plain completion wants from the engine, for prompts that are already tokens."""
     return Ask(
@@ -55,9 +57,9 @@ def ask_of(
         stops=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         show_special=body.skip_special_tokens is False,
-        priority=body.priority or 0,
         tenant=tenant,
         stream_rate=stream_rate,
+        hints=hints,
     )
 
 
