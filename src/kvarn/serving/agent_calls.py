@@ -72,11 +72,20 @@ class AgentCalls:
     # ---- what a policy may know --------------------------------------------------------------------------
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a call nor a request of a program."""
+        return not self.desk.calls and not self.desk.programs.num_live
+
+    @property
     def stalls(self) -> Sequence[Stall]:
         return list(self.held)
 
     def program(self, request_id: str) -> Program | None:
         return self.desk.programs.of(request_id)
+
+    def began(self, request_id: str) -> float:
+        """When the conversation of a request began."""
+        return self.desk.programs.began(request_id)
 
     def call_of(self, request_id: str) -> Call | None:
         return self.desk.call_of(request_id)

@@ -13,6 +13,7 @@ from kvarn.models.loader import free_bytes, load_decoder, usable_device
 from kvarn.models.sources import Progress, resolve
 from kvarn.models.spec import ModelSpec
 from kvarn.models.tokenizer import tokenizer_file
+from kvarn.serving.agent_calls import AgentCalls
 from kvarn.serving.assemble_tiers import build_tiers
 from kvarn.serving.clock import Clock, MonotonicClock
 from kvarn.serving.config import EngineConfig
@@ -71,6 +72,7 @@ def load_engine(
         use_flashinfer=config.flashinfer,
     )
     cache = KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
+    tiers = build_tiers(config, cache, kv, spec, files.folder)
     engine = Engine(
         executor,
         make_policy(config),
@@ -81,7 +83,8 @@ def load_engine(
         max_context=max_context,
         vocab_size=spec.vocab_size,
         speculator=_speculator(config),
-        tiers=build_tiers(config, cache, kv, spec, files.folder),
+        tiers=tiers,
+        agents=AgentCalls(cache, tiers) if config.knows_agents else None,
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder, kv_dtype)

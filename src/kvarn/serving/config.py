@@ -7,16 +7,17 @@ from typing import Literal, get_args
 import msgspec
 
 from kvarn.errors import KvarnError
+from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal[
-    "fcfs", "streaming", "fcfs-conservative", "fcfs-paced", "lifo", "round-robin", "least-slack", "qoe-swap",
+    "fcfs", "streaming", "agentic", "fcfs-conservative", "fcfs-paced", "lifo", "round-robin", "least-slack", "qoe-swap",
     "qoe-recompute",
 ]  # fmt: skip
 KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
-OFFLOADING: frozenset[PolicyName] = frozenset({"streaming", "round-robin", "least-slack", "qoe-swap"})
+OFFLOADING: frozenset[PolicyName] = frozenset({"streaming", "agentic", "round-robin", "least-slack", "qoe-swap"})
 """Policies that take requests off the device while others wait, and bring them back."""
 AUTO = -1
 """A size that is chosen where the engine is built."""
@@ -37,7 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "cpu"
     policy: PolicyName = "fcfs"
     policy_options: tuple[str, ...] = ()
-    """Settings of the policy "streaming" that are not as usual, such as "tick=0.5"."""
+    """Settings of the policies "streaming" and "agentic" that are not as usual, such as "tick=0.5"."""
     max_context: int = 0
     """Tokens of prompt + output a request may have; 0: what the model was made for."""
     max_running: int = 128
@@ -68,11 +69,19 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 0
     """Compute threads; 0: one for each processor this process may use."""
 
+    @property
+    def knows_agents(self) -> bool:
+        """Whether the policy decides what becomes of KV while tools run."""
+        return self.policy == "agentic"
+
     def host_tier_bytes(self, pool_bytes: int, free_bytes: int) -> int:
         """Of the tier behind a KV pool: what was asked for, or what a policy that offloads, or a disk, can use."""
         if self.host_memory_bytes != AUTO:
             return self.host_memory_bytes
-        if self.policy not in OFFLOADING and not self.disk_cache:
+        offloads = self.policy in OFFLOADING
+        if self.policy == "agentic":
+            offloads = AgenticSettings.parse(self.policy_options).offload
+        if not offloads and not self.disk_cache:
             return 0
         return min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
 
@@ -96,8 +105,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise KvarnError(f"{field} is {getattr(self, field)}; expected {expected}")
         if self.policy == "streaming":
             StreamingSettings.parse(self.policy_options)
+        elif self.policy == "agentic":
+            AgenticSettings.parse(self.policy_options)
         elif self.policy_options:
-            raise KvarnError(f"policy_options is {self.policy_options[0]!r}; only the policy streaming has options")
+            raise KvarnError(
+                f"policy_options is {self.policy_options[0]!r}; only the policies streaming and agentic have options"
+            )
         if self.disk_cache and not self.share_prefixes:
             raise KvarnError("disk_cache keeps prefixes, which share_prefixes turns off; choose one")
         if self.disk_cache and self.host_memory_bytes == 0:

@@ -7,6 +7,7 @@ from kvarn.hardware.accelerators import Accelerator
 from kvarn.hardware.links import HostLink
 from kvarn.hardware.models import ModelShape
 from kvarn.hardware.roofline import Roofline
+from kvarn.serving.agent_calls import AgentCalls
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
@@ -41,6 +42,7 @@ def simulated_engine(
     block_bytes = int(model.kv_bytes_per_token(roofline.kv_bytes) * config.block_size)
     copier = SimulatedCopier(HostLink(accelerator), clock, block_bytes=block_bytes)
     slots = config.host_tier_bytes(num_blocks * block_bytes, accelerator.host_memory_bytes) // block_bytes
+    tiers = Tiers(cache, slots, copier, block_bytes=block_bytes, rules=copy_rules) if slots else None
     return Engine(
         SimulatedExecutor(roofline, clock, num_blocks=num_blocks),
         make_policy(config),
@@ -50,7 +52,8 @@ def simulated_engine(
         max_running=config.max_running,
         max_context=config.max_context or model.max_context,
         vocab_size=model.vocabulary,
-        tiers=Tiers(cache, slots, copier, block_bytes=block_bytes, rules=copy_rules) if slots else None,
+        tiers=tiers,
+        agents=AgentCalls(cache, tiers) if config.knows_agents else None,
     )
 
 

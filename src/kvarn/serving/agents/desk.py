@@ -51,6 +51,8 @@ class Turn(Protocol):
     @property
     def continues(self) -> str: ...
     @property
+    def arrival(self) -> float: ...
+    @property
     def num_tokens(self) -> int: ...
     @property
     def retain_seconds(self) -> float: ...
@@ -98,9 +100,11 @@ class Desk(Generic[T]):
     def note_added(self, request: Turn, now: float, *, prefix_of: str = "") -> None:
         """A request has come; `prefix_of`: a call whose conversation it begins with, where it names none itself."""
         self._running[request.id] = request.tenant
-        self.programs.note_added(request, now)
         call = self.calls.get(request.continues) or self.calls.get(prefix_of)
-        if call is None or call.tenant != request.tenant or call.successor:
+        if call is not None and call.tenant != request.tenant:
+            call = None
+        self.programs.note_added(request, now, "" if call is None else call.id)
+        if call is None or call.successor:
             return
         self._finish(call, now, UNKNOWN)
         call.successor = request.id

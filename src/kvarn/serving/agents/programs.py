@@ -30,7 +30,7 @@ class Turn(Protocol):
     @property
     def continues(self) -> str: ...
     @property
-    def num_tokens(self) -> int: ...
+    def arrival(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -68,6 +68,10 @@ class Programs:
     def __init__(self) -> None:
         self._programs: OrderedDict[tuple[str, str], Program] = OrderedDict()
         self._of_request: OrderedDict[str, Program] = OrderedDict()
+        self._began: OrderedDict[str, float] = OrderedDict()
+        """Requests, and when the conversations did that they go on with."""
+        self.num_live = 0
+        """Requests of programs that have not ended."""
 
     def __iter__(self) -> Iterator[Program]:
         return iter(self._programs.values())
@@ -79,10 +83,17 @@ class Programs:
         """The program of a request, ended ones included as long as they are remembered."""
         return self._of_request.get(request_id)
 
-    def note_added(self, request: Turn, now: float) -> None:
-        """A request has come; one without hints that goes on from nothing belongs to no program yet."""
-        hints = request.agent
-        program = self._of_request.get(request.continues)
+    def began(self, request_id: str) -> float:
+        """When the conversation of a request began; -inf for an unknown one."""
+        return self._began.get(request_id, float("-inf"))
+
+    def note_added(self, request: Turn, now: float, continues: str = "") -> None:
+        """A request has come, going on from another; one without hints that goes on from none belongs to no program."""
+        hints, continues = request.agent, continues or request.continues
+        self._began[request.id] = self._began.get(continues, request.arrival)
+        while len(self._began) > 16 * _MOST_PROGRAMS:
+            self._began.popitem(last=False)
+        program = self._of_request.get(continues)
         if program is not None and program.tenant != request.tenant:
             program = None
         if hints is not None and hints.program:
@@ -92,6 +103,7 @@ class Programs:
         elif program is None:
             program = self._named(request.tenant, request.id, now)
         program.live.add(request.id)
+        self.num_live += 1
         program.last_seen = now
         self._of_request[request.id] = program
         while len(self._of_request) > 16 * _MOST_PROGRAMS:
@@ -118,7 +130,9 @@ class Programs:
         program = self._of_request.get(request.id)
         if program is None:
             return
-        program.live.discard(request.id)
+        if request.id in program.live:
+            program.live.discard(request.id)
+            self.num_live -= 1
         program.last_seen = now
         for node in program.nodes.values():
             if node.request == request.id:

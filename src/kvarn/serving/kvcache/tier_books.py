@@ -21,6 +21,10 @@ class TierBooks:
         return self._tiers.host.num_slots
 
     @property
+    def free_host_blocks(self) -> int:
+        return self._tiers.host.num_available
+
+    @property
     def coming_blocks(self) -> int:
         pool = self._tiers.cache.pool
         return sum(pool.references(block) == 1 for block in self._tiers.held_blocks())

@@ -81,7 +81,16 @@ class AgentView(Protocol):
     """What the engine knows of agents (kvarn.serving.stalls.AgentBooks satisfies it)."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a call nor a request of a program."""
+        ...
+
+    @property
     def stalls(self) -> Sequence[StallView]: ...
+
+    def began(self, request_id: str) -> float:
+        """When the conversation of a request that has not ended began."""
+        ...
 
     def program(self, request_id: str) -> Program | None:
         """The program of a request; None for a request of nobody's agent."""
@@ -113,6 +122,11 @@ class TierView(Protocol):
     @property
     def host_blocks(self) -> int:
         """Blocks the host has room for in all."""
+        ...
+
+    @property
+    def free_host_blocks(self) -> int:
+        """Blocks that could be copied there now."""
         ...
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvarn.serving.config import EngineConfig, PolicyName
+from kvarn.serving.policies.agentic.policy import Agentic
+from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.policies.ranked import QoEGreedy, Ranked, RoundRobin, least_slack
@@ -18,6 +20,7 @@ _AHEAD = 2.0
 POLICIES: dict[PolicyName, Callable[[int], Policy]] = {
     "fcfs": lambda prompts: FirstComeFirstServed(prefill_budget=prompts),
     "streaming": lambda prompts: Streaming(StreamingSettings(prefill_budget=prompts)),
+    "agentic": lambda prompts: Agentic(AgenticSettings(prefill_budget=prompts)),
     "fcfs-conservative": lambda prompts: Reserving(prompts),
     "fcfs-paced": lambda prompts: Reserving(prompts, ahead=_AHEAD),
     "lifo": lambda prompts: FirstComeFirstServed(0, prompts, last_admitted=True),
@@ -33,4 +36,6 @@ def make_policy(config: EngineConfig) -> Policy:
     """A new policy as `config` asks for it; `config` must be valid."""
     if config.policy == "streaming":
         return Streaming(StreamingSettings.parse(config.policy_options, prefill_budget=config.prefill_budget))
+    if config.policy == "agentic":
+        return Agentic(AgenticSettings.parse(config.policy_options, prefill_budget=config.prefill_budget))
     return POLICIES[config.policy](config.prefill_budget)

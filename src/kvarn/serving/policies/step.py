@@ -8,10 +8,11 @@ say.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
+from kvarn.serving.agents.moves import StallMove, Verb
 from kvarn.serving.policies.loading import worth_loading
-from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot
+from kvarn.serving.policies.protocol import Decision, Grant, RequestView, Snapshot, StallView
 
 
 class Offer(NamedTuple):
@@ -32,8 +33,8 @@ class Step:
     """Budget and blocks left while a decision is being made.
 
     running   the snapshot's running requests, those to be served first in front
-    givers    running requests in the order in which they keep their blocks: the last one gives way first. Asked for
-              once, if blocks are short; as `running` if left out
+    givers    running requests, and stalled conversations, in the order in which they keep their blocks: the last one
+              gives way first. Asked for once, if blocks are short; as `running` if left out
     offload   whether blocks without a copy on the host are copied there before a request gives them up
     load      whether requests come back from the host, where that costs less than computing them
     """
@@ -43,7 +44,7 @@ class Step:
         snapshot: Snapshot,
         running: Sequence[RequestView],
         *,
-        givers: Callable[[], Sequence[RequestView]] | None = None,
+        givers: Callable[[], Sequence[RequestView | StallView]] | None = None,
         offload: bool = False,
         load: bool = True,
     ) -> None:
@@ -65,7 +66,11 @@ class Step:
         """Waiting requests that were granted tokens, or are loaded."""
         self._coming: int | None = None
         self._keepers = givers
-        self._givers: list[RequestView] | None = None
+        self._givers: list[RequestView | StallView] | None = None
+        self.moves: list[StallMove] = []
+        """What becomes of stalled conversations."""
+        self.moved: set[str] = set()
+        """Those of them."""
         self._preempted: list[str] = []
         self._offloaded: list[str] = []
         self._loads: list[str] = []
@@ -83,8 +88,9 @@ class Step:
 
     def decision(self, wake_at: float = float("inf")) -> Decision:
         return Decision(
-            tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), wake_at=wake_at
-        )
+            tuple(self._preempted), tuple(self.grants), tuple(self._offloaded), tuple(self._loads), tuple(self.moves),
+            wake_at,
+        )  # fmt: skip
 
     # ---- those that run ----------------------------------------------------------------------------------
 
@@ -100,7 +106,7 @@ class Step:
                 decoding.append(request)
                 needed += total > request.num_blocks * size
         while self._is_short_of(needed):
-            self.evict(self._next_giver())
+            self._give_way(self._next_giver())
             decoding = [request for request in decoding if request.id not in self.evicted]
             needed = sum(request.num_tokens > request.num_blocks * size for request in decoding)
         if needed > self.available:
@@ -127,7 +133,7 @@ class Step:
         needed = max(0, self.snapshot.blocks_for(request.num_computed + tokens) - request.num_blocks)
         while self._is_short_of(needed):
             giver = self._next_giver()
-            self.evict(giver)
+            self._give_way(giver)
             if giver is request:
                 return
         if needed > self.available:  # the rest is coming
@@ -150,6 +156,24 @@ class Step:
         self.available += max(0, freed - dirty)
         if dirty:
             self._coming = self.coming + min(freed, dirty)
+
+    def let_go(self, stall: StallView, verb: Verb) -> None:
+        """Take a stalled conversation off the device: "offload" copies first what the host lacks."""
+        assert self.snapshot.agents is not None
+        freed, dirty = self.snapshot.reclaimable_blocks(stall.id), 0
+        if verb == "offload":
+            dirty = self.snapshot.agents.unmirrored_blocks(stall.id)
+        self.moves.append(StallMove(stall.id, verb))
+        self.moved.add(stall.id)
+        self.available += max(0, freed - dirty)
+        if dirty:
+            self._coming = self.coming + min(freed, dirty)
+
+    def _give_way(self, giver: RequestView | StallView) -> None:
+        if _is_stall(giver):
+            self.let_go(giver, "offload" if self.offload else "release")
+        else:
+            self.evict(giver)  # type: ignore[arg-type]
 
     # ---- those that wait ---------------------------------------------------------------------------------
 
@@ -227,11 +251,15 @@ class Step:
         self.budget -= tokens
         self.available -= blocks
 
-    def _next_giver(self) -> RequestView:
+    def _next_giver(self) -> RequestView | StallView:
         if self._givers is None:
             self._givers = list(self.running if self._keepers is None else self._keepers())
         while self._givers:
-            request = self._givers.pop()
-            if request.id not in self.served and request.id not in self.evicted:
-                return request
+            giver = self._givers.pop()
+            if giver.id not in self.served and giver.id not in self.evicted and giver.id not in self.moved:
+                return giver
         raise AssertionError("the request that needs blocks is itself unserved")
+
+
+def _is_stall(giver: RequestView | StallView) -> TypeGuard[StallView]:
+    return hasattr(giver, "call")

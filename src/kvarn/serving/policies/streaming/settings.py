@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from kvarn.errors import KvarnError
-
-_WORDS = {"on": True, "true": True, "off": False, "false": False}
+from kvarn.serving.policies.options import parse_options
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,7 @@ class StreamingSettings:
     @classmethod
     def parse(cls, options: Iterable[str], **others: Any) -> StreamingSettings:
         """Settings from texts like "tick=0.5" and "pause=eager", and `others` by name; KvarnError for what is wrong."""
-        kinds = get_type_hints(cls)
-        for option in options:
-            name, _, word = option.partition("=")
-            if name not in kinds:
-                raise KvarnError(f"policy option is {option!r}; expected NAME=VALUE with one of {', '.join(kinds)}")
-            others[name] = _parsed(kinds[name], word, option)
-        return cls(**others)
+        return cls(**others | parse_options(cls, options))
 
     def __post_init__(self) -> None:
         """KvarnError naming the setting that cannot work."""
@@ -93,19 +86,3 @@ class StreamingSettings:
             raise KvarnError(f"contraction is {self.contraction}; expected a share from 0 to 1")
         if not 0 <= self.pause_below <= self.pause_above:
             raise KvarnError(f"pause_below is {self.pause_below}; expected 0 to pause_above ({self.pause_above})")
-
-
-def _parsed(kind: Any, word: str, option: str) -> Any:
-    if get_origin(kind) is Literal:
-        if word not in get_args(kind):
-            raise KvarnError(f"policy option is {option!r}; choose one of {', '.join(get_args(kind))}")
-        return word
-    if kind is bool:
-        if word not in _WORDS:
-            raise KvarnError(f"policy option is {option!r}; expected on or off")
-        return _WORDS[word]
-    try:
-        return float(word) if kind is float else int(word)
-    except ValueError as error:
-        expected = "a number" if kind is float else "a whole number"
-        raise KvarnError(f"policy option is {option!r}; expected {expected} behind the =") from error
