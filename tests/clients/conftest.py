@@ -1,0 +1,81 @@
+"""A server on loopback that answers chat completions by rote and records what it is told of tool calls."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+
+class RecordingServer(ThreadingHTTPServer):
+    """A chat completion calls each tool it has once, then, told the results, ends. Ids count: chat-1, chat-2, ..."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.events: list[dict[str, Any]] = []
+        self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
+        """Headers, by lower-case name, and bodies of chat completions."""
+        self.event_status = 200
+
+    def answer(self, headers: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append((headers, body))
+        number = len(self.requests)
+        message: dict[str, Any] = {"role": "assistant", "content": "It is done."}
+        if body["messages"][-1]["role"] != "tool":
+            names = [tool["function"]["name"] for tool in body.get("tools", ())]
+            calls = [
+                {
+                    "id": f"call-{number}-{i}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": '{"what": "x"}'},
+                }
+                for i, name in enumerate(names)
+            ]
+            message = {"role": "assistant", "content": None, "tool_calls": calls}
+        return {
+            "id": f"chat-{number}",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RecordingServer
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        if self.path == "/v1/agents/events":
+            self.server.events.append(body | ({"key": headers["authorization"]} if "authorization" in headers else {}))
+            self._send(self.server.event_status, {"object": "agent.call"})
+        else:
+            self._send(200, self.server.answer(headers, body))
+
+    def _send(self, status: int, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Tests are quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[RecordingServer]:
+    with RecordingServer() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
