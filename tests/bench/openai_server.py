@@ -57,8 +57,14 @@ class OpenAIServer:
             document = json.dumps({"data": [{"id": "tokens"}]}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(document), document))
         else:
+            path = head.split(" ")[1]
             length = int(next(line for line in head.split("\r\n") if line.startswith("Content-Length")).split(":")[1])
             body = json.loads(await reader.readexactly(length))
+            if not path.endswith("/completions"):
+                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+                writer.close()
+                return
             self.bodies.append(body)
             self.in_flight += 1
             self.most = max(self.most, self.in_flight)
@@ -82,6 +88,20 @@ class OpenAIServer:
             writer.write(b"%x;note=1\r\n%s\r\n" % (len(piece), piece))
             await writer.drain()
         writer.write(b"0\r\n\r\n")
+
+    async def _ids(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Says which tokens it made, two at a time where it can; fails who wants 77 of them."""
+        if body["max_tokens"] == 77:
+            await self._broken(body, writer)
+            return
+        ids = [1 + len(body["prompt"]) + place for place in range(body["max_tokens"])]
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for start in range(0, len(ids), 2):
+            choice = {"index": 0, "text": "", "token_ids": ids[start : start + 2], "finish_reason": None}
+            writer.write(f"data: {json.dumps({'id': 'cmpl-1', 'choices': [choice]})}\n\n".encode())
+        details = {"cached_tokens": len(body["prompt"]) // 2}
+        usage = {"completion_tokens": len(ids), "prompt_tokens": len(body["prompt"]), "prompt_tokens_details": details}
+        writer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
 
     async def _joined(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         """Half as many events as tokens, a body that ends with the connection, chat form."""

@@ -26,7 +26,7 @@ from kvarn.simulation.workloads import RequestSpec
 _BODIES_AHEAD = 1024
 """Request bodies made before the clock starts; later ones are made while waiting for their arrival."""
 _REASON_CHARS = 120
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)
 """What reading an answer raises that is no JSON, or JSON of another shape."""
 
 
@@ -129,13 +129,13 @@ async def first_model(endpoint: http.Endpoint, timeout: float = 30.0) -> str:
             finally:
                 answer.close()
         if answer.status != 200:
-            raise http.TransferFailed(_http_reason(answer.status, body))
+            raise http.TransferFailed(http_reason(answer.status, body))
         return str(json.loads(body)["data"][0]["id"])
     except (LookupError, TypeError, ValueError) as error:
         raise KvarnError("the server lists no model; name one with --model") from error
     except (http.TransferFailed, OSError, EOFError) as error:
         place = f"{endpoint.host}:{endpoint.port}"
-        raise KvarnError(f"no OpenAI server answers at {place}: {_reason(error)}; is it running?") from error
+        raise KvarnError(f"no OpenAI server answers at {place}: {failure_reason(error)}; is it running?") from error
 
 
 def _body(settings: LoadSettings, spec: RequestSpec, prompts: PromptMaker, index: int) -> bytes:
@@ -171,8 +171,8 @@ async def _ask(settings: LoadSettings, spec: RequestSpec, body: bytes, arrival: 
                 answer.close()
     except TimeoutError:
         error = f"timeout after {settings.timeout:g} s"
-    except (http.TransferFailed, OSError, EOFError, asyncio.LimitOverrunError, *_UNREADABLE) as failure:
-        error = _reason(failure)
+    except (http.TransferFailed, OSError, EOFError, asyncio.LimitOverrunError, *UNREADABLE) as failure:
+        error = failure_reason(failure)
     times = stream.token_times()
     if error is None and not times:
         error = "no tokens"
@@ -182,7 +182,7 @@ async def _ask(settings: LoadSettings, spec: RequestSpec, body: bytes, arrival: 
 async def _read(answer: http.Answer, stream: _Stream) -> None:
     """Read events into `stream` until the answer ends; TransferFailed when it is an error or stops half-way."""
     if answer.status != 200:
-        raise http.TransferFailed(_http_reason(answer.status, await answer.body()))
+        raise http.TransferFailed(http_reason(answer.status, await answer.body()))
     async for line in answer.lines():
         now = time.perf_counter()
         if not line.startswith(b"data:"):
@@ -211,7 +211,7 @@ def _take(stream: _Stream, event: dict[str, Any], now: float) -> None:
         stream.finished |= bool(choice.get("finish_reason"))
 
 
-def _reason(failure: Exception) -> str:
+def failure_reason(failure: Exception) -> str:
     if isinstance(failure, http.TransferFailed):
         return str(failure)
     if isinstance(failure, OSError | EOFError):
@@ -219,7 +219,7 @@ def _reason(failure: Exception) -> str:
     return f"unreadable answer: {failure}"[:_REASON_CHARS]
 
 
-def _http_reason(status: int, body: bytes) -> str:
+def http_reason(status: int, body: bytes) -> str:
     try:
         message = _message(json.loads(body)["error"])
     except (ValueError, LookupError, TypeError):

@@ -19,7 +19,8 @@ from rich.table import Table
 from kvarn.bench import client, offline
 from kvarn.bench.http import Endpoint
 from kvarn.bench.prompts import PromptMaker, load_tokenizer, single_token_words
-from kvarn.cli.options import AsJson, CacheDType, Model, Precision
+from kvarn.cli.bench_agents import bench_agents
+from kvarn.cli.options import ApiKey, AsJson, CacheDType, Model, Precision
 from kvarn.cli.runs import lengths, progress_bar, stderr, write_results
 from kvarn.errors import KvarnError
 from kvarn.simulation import plots, traces, workloads
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server, or the engine alone.")
+app.command("agents")(bench_agents)
 
 
 class ArrivalKind(StrEnum):
@@ -53,7 +55,6 @@ class PromptKind(StrEnum):
 
 _BATCH_HELP = "Sequences decoded at once; repeatable [dim](default: 1, 4, 16, 32)[/]."
 _PREFILL_HELP = "Prompt length for prefill; repeatable [dim](default: 512, 2048)[/]."
-_API_KEY = typer.Option(envvar=["KVARN_API_KEY", "OPENAI_API_KEY"], help="API key, if the server wants one.")
 _work = partial(typer.Option, rich_help_panel="Workload")
 _sending = partial(typer.Option, rich_help_panel="Server and limits")
 _results = partial(typer.Option, rich_help_panel="Results")
@@ -63,7 +64,7 @@ _results = partial(typer.Option, rich_help_panel="Results")
 def bench_serve(
     base_url: Annotated[str, typer.Option(help="The server, as OpenAI clients name it.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="Model id; default: the first the server lists.")] = None,
-    api_key: Annotated[str | None, _API_KEY] = None,
+    api_key: ApiKey = None,
     requests: Annotated[int, _work("--requests", "-n", min=1, help="How many.")] = 32,
     arrivals: Annotated[ArrivalKind, _work(help="When they come.")] = ArrivalKind.burst,
     within: Annotated[float, _work(help="burst: seconds it is spread over.")] = 1.0,

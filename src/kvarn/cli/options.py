@@ -34,3 +34,7 @@ CacheMemory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar=["KVARN_API_KEY", "OPENAI_API_KEY"], help="API key, if the server wants one."),
+]

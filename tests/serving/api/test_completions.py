@@ -52,6 +52,24 @@ def test_plain_completion_defaults_to_sixteen_tokens(client: openai.OpenAI) -> N
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", [None, "dog"])
+def test_token_ids_are_told_to_who_wants_them(server: Server, stream: bool, stop: str | None) -> None:
+    """All tokens that were made, those too whose text is held back or cut."""
+    body = {"prompt": [TEXT, "and more of it"], "max_tokens": 50, "stream": stream, "stop": stop}
+    with server.http() as http:
+        text = http.post("/v1/completions", json=body | {"return_token_ids": True}).text
+        wanted = http.post("/tokenize", json={"prompt": TEXT}).json()["tokens"]
+        assert "token_ids" not in http.post("/v1/completions", json=body).text
+    found: dict[int, list[int]] = {0: [], 1: []}
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: {")] if stream else [text]
+    for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+        found[choice["index"]] += choice["token_ids"]
+    assert found[0][: len(wanted)] == wanted[: len(found[0])]
+    assert len(found[0]) >= (len(wanted) if stop is None else 9)
+    assert found[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_many_prompts_and_n_give_one_choice_each_in_order(client: openai.OpenAI, stream: bool) -> None:
     prompts = ["first one", "second", "the third of them"]
     answer = client.completions.create(model="smollm2", prompt=prompts, n=2, max_tokens=50, stream=stream)

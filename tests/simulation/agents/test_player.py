@@ -10,7 +10,8 @@ from kvarn.hardware.accelerators import load_accelerator
 from kvarn.hardware.models import load_model_shape
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
-from kvarn.simulation.agents.player import Events, play_programs
+from kvarn.simulation.agents.player import play_programs
+from kvarn.simulation.agents.progress import Events
 from kvarn.simulation.agents.report import AgentRun
 from kvarn.simulation.agents.tools import parse_law
 from kvarn.simulation.agents.workload import AgentWorkload, draw_programs
@@ -38,10 +39,13 @@ def test_a_run_is_the_same_every_time(played: AgentRun) -> None:
     assert again.to_json() == played.to_json()
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "fcfs-conservative", "streaming"])
-@pytest.mark.parametrize("events", Events)
+@pytest.mark.parametrize(
+    ("policy", "events"),
+    [("fcfs-conservative", Events.explicit), ("streaming", Events.explicit), *(("agentic", each) for each in Events)],
+)
 def test_every_policy_does_the_same_work(policy: str, events: Events, played: AgentRun) -> None:
-    run = play_programs(make_engine(6000, policy=policy), SPECS, events=events, hints=events is not Events.none)
+    engine = make_engine(6000, policy=policy, host_memory_bytes=10 * 2**30)
+    run = play_programs(engine, SPECS, events=events, hints=events is not Events.none)
     assert run.work() == played.work()
     assert run.summary()["output_tokens"] == sum(node.output_tokens for spec in SPECS for node in spec.model_nodes)
     assert not run.refused
@@ -69,9 +73,9 @@ def test_tools_take_the_time_that_the_programs_say(played: AgentRun) -> None:
 
 
 def test_what_continues_a_conversation_finds_its_kv_where_there_is_room() -> None:
-    run = play_programs(make_engine(60_000), SPECS[:2])
+    run = play_programs(make_engine(20_000), SPECS[:1])
     calls = {(call.program, call.node): call for call in run.calls}
-    for spec in SPECS[:2]:
+    for spec in SPECS[:1]:
         for node in spec.model_nodes:
             if node.continues:
                 before = calls[spec.id, node.continues]

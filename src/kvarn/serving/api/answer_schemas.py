@@ -113,6 +113,8 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] = Field(default_factory=list)
+    """With return_token_ids; in a stream those that are new."""
 
 
 class Completion(Advised):

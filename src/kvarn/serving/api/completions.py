@@ -57,7 +57,7 @@ class Completions:
         generation = service.generate(
             new_id("cmpl-"), ask, link, arrival, streams=bool(body.stream)
         )  # from here on nothing may wait unguarded
-        writer = _Writer(service, generation, echoes)
+        writer = _Writer(service, generation, echoes, with_token_ids=bool(body.return_token_ids))
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             return EventStream(generation, writer.events(include_usage=usage))
@@ -107,6 +107,7 @@ class _Choice:
     text: str
     offset: int
     finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
     logprobs: dict[str, list[Any]] = field(
         default_factory=lambda: {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     )
@@ -115,7 +116,7 @@ class _Choice:
 class _Writer:
     """Turns a generation's deltas into the endpoint's JSON, streamed or whole."""
 
-    def __init__(self, service: Service, generation: Generation, echoes: list[str]) -> None:
+    def __init__(self, service: Service, generation: Generation, echoes: list[str], *, with_token_ids: bool) -> None:
         self._text = service.text
         self._generation = generation
         self._model = service.model_name
@@ -124,12 +125,14 @@ class _Writer:
         for choice in self._choices:
             choice.offset = len(choice.text)
         self._with_logprobs = generation.ask.params.logprobs >= 0
+        self._with_token_ids = with_token_ids
 
     async def whole(self) -> Response:
         while not self._generation.done:
             for delta in await self._generation.read():
                 choice = self._choices[delta.index]
                 choice.text += delta.text
+                choice.token_ids += delta.tokens
                 choice.finish_reason = delta.finish_reason
                 for name, values in (self._logprobs(delta) or {}).items():
                     choice.logprobs[name] += values
@@ -140,6 +143,7 @@ class _Writer:
                     "text": choice.text,
                     "logprobs": choice.logprobs if self._with_logprobs else None,
                     "finish_reason": choice.finish_reason,
+                    **({"token_ids": choice.token_ids} if self._with_token_ids else {}),
                 }
                 for index, choice in enumerate(self._choices)
             ],
@@ -150,18 +154,20 @@ class _Writer:
 
     async def events(self, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
         base = self._base()
-        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}'
         template = chunk_template(base, choice, include_usage=include_usage)
         first = chunk_template(base | self._generation.ask.hints.answer(), choice, include_usage=include_usage)
         while not self._generation.done:
             events = b""
             for delta in await self._generation.read():
-                if delta.text or delta.finish_reason or delta.logprobs:
+                token_ids = b',"token_ids":' + _json.encode(delta.tokens) if self._with_token_ids else b""
+                if delta.text or delta.finish_reason or delta.logprobs or (token_ids and delta.tokens):
                     events += first % (
                         delta.index,
                         _json.encode(self._echo_once(delta.index) + delta.text),
                         _json.encode(self._logprobs(delta)),
                         _json.encode(delta.finish_reason),
+                        token_ids,
                     )
                     first = template
             if events:

@@ -164,6 +164,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_N)
+    return_token_ids: bool | None = Field(None, description="extension; choices get token_ids, those of the answer")
     response_format: ResponseFormat | None = Field(None, description="extension")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 
 from kvarn.errors import RequestError
 from kvarn.serving.agents.events import AgentEvent, CallFinish, CallStart, Close
@@ -18,19 +17,9 @@ from kvarn.serving.engine import Emission, Engine
 from kvarn.serving.request import FinishReason, Request
 from kvarn.serving.sampling.params import SamplingParams
 from kvarn.simulation.agents.programs import ProgramSpec
-from kvarn.simulation.agents.progress import Action, Ask, ProgramRun, Run, Texts
+from kvarn.simulation.agents.progress import Action, Ask, Events, ProgramRun, Run, Texts
 from kvarn.simulation.agents.report import AgentRun, BlockSeries, CallRecord, ProgramRecord, ToolRecord
 from kvarn.simulation.runner import play
-
-
-class Events(StrEnum):
-    """What the engine hears of tool calls."""
-
-    explicit = "explicit"
-    """Start with an estimate, and end."""
-    implicit = "implicit"
-    """What a server sees by itself: that an answer ended in a call of this tool, and the request that goes on."""
-    none = "none"
 
 
 def play_programs(
@@ -124,7 +113,7 @@ class _Players:
     def _ask(self, run: ProgramRun, ask: Ask, now: float) -> None:
         program = run.spec.id
         turn = self._turns[program, ask.node] = self._turns[program, ask.continues] if ask.answers else ask.node
-        record = CallRecord(program, ask.node, ask.hints.agent, turn, now, prompt_tokens=len(ask.prompt))
+        record = CallRecord(program, ask.node, ask.agent, turn, now, prompt_tokens=len(ask.prompt))
         self.calls.append(record)
         request = Request.create(
             f"{program}/{ask.node}",

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,24 @@ from kvarn.simulation.agents.programs import ModelNode, Node, ProgramSpec, ToolN
 from kvarn.simulation.prompts import mixed_tokens
 
 Tokens = NDArray[np.int32]
+
+
+class Events(StrEnum):
+    """What a server hears of tool calls."""
+
+    explicit = "explicit"
+    """Start with an estimate, and end."""
+    implicit = "implicit"
+    """What a server could see by itself: that an answer ended in a call of this tool, and the request that goes on."""
+    none = "none"
+
+
+class Words(Protocol):
+    """Makes texts; what a symbol stands for is the player's affair."""
+
+    def tokens(self, name: str, count: int) -> Tokens:
+        """A text of `count` tokens; the same name, the same text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +69,7 @@ class Ask:
     """Send a model call."""
 
     node: str
+    agent: str
     prompt: Tokens
     output_tokens: int
     hints: AgentHints
@@ -77,7 +98,7 @@ Action = Ask | Run
 class ProgramRun:
     """One program under way."""
 
-    def __init__(self, spec: ProgramSpec, texts: Texts) -> None:
+    def __init__(self, spec: ProgramSpec, texts: Words) -> None:
         self.spec = spec
         self._texts = texts
         self._nodes: dict[str, Node] = {node.name: node for node in spec.nodes}
@@ -136,7 +157,7 @@ class ProgramRun:
         prompt = self._prompts[node.name] = self._prompt(node)
         tools = [other for name in node.after if isinstance(other := self._nodes[name], ToolNode)]
         answers = any(tool.caller == node.continues for tool in tools)
-        return Ask(node.name, prompt, node.output_tokens, node.hints, node.continues, answers)
+        return Ask(node.name, node.agent, prompt, node.output_tokens, node.hints, node.continues, answers)
 
     def _prompt(self, node: ModelNode) -> Tokens:
         spec, texts = self.spec, self._texts

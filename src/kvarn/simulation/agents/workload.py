@@ -109,6 +109,31 @@ def with_forecasts(specs: Sequence[ProgramSpec], forecasts: Forecasts, typical: 
     return changed
 
 
+def with_time_scale(specs: Sequence[ProgramSpec], factor: float) -> list[ProgramSpec]:
+    """The same programs, whose arrivals, tools and expectations take `factor` times as long."""
+    if not (math.isfinite(factor) and factor > 0):
+        raise WorkloadError(f"time scale is {factor}; expected a number above 0")
+    return [
+        replace(spec, arrival=spec.arrival * factor, nodes=tuple(_slowed(node, factor) for node in spec.nodes))
+        for spec in specs
+    ]
+
+
+def _slowed(node: Node, factor: float) -> Node:
+    def slowed(seconds: float) -> float:
+        return seconds if seconds == UNKNOWN else seconds * factor
+
+    if isinstance(node, ToolNode):
+        return replace(node, seconds=node.seconds * factor, predicted_seconds=slowed(node.predicted_seconds))
+    hints = msgspec.structs.replace(
+        node.hints,
+        remaining_seconds=slowed(node.hints.remaining_seconds),
+        total_seconds=slowed(node.hints.total_seconds),
+        tool_seconds=slowed(node.hints.tool_seconds),
+    )
+    return replace(node, hints=hints)
+
+
 def _program(workload: AgentWorkload, app: App, data: DataSet, index: int, arrival: float) -> ProgramSpec:
     def stream(purpose: int) -> np.random.Generator:
         return np.random.default_rng([workload.seed, 1, index, purpose])
