@@ -23,7 +23,7 @@ from kvarn.serving.agents.offload import (
 from kvarn.serving.agents.upload import Return, next_step
 from kvarn.serving.policies.agentic.ranks import Ranks
 from kvarn.serving.policies.agentic.settings import AgenticSettings
-from kvarn.serving.policies.protocol import AgentView, Snapshot, StallView
+from kvarn.serving.policies.protocol import AgentView, RequestView, Snapshot, StallView
 from kvarn.serving.policies.step import Step
 
 _OFF_DEVICE = (CallState.OFFLOADED, CallState.RESERVING)
@@ -48,6 +48,8 @@ class Idle:
         self.rule = rule_of(settings)
         self._settings = settings
         self._prospects: dict[str, Prospect] = {}
+        self._missing: dict[str, int] = {}
+        """Blocks that conversations off the device lack there."""
         self._looked_at = float("-inf")
 
     def tend(self, step: Step, agents: AgentView, ranks: Ranks, now: float) -> None:
@@ -55,11 +57,13 @@ class Idle:
         stalls = agents.stalls
         if not stalls:
             self._prospects.clear()
+            self._missing.clear()
             return
         fresh = now >= self._looked_at + self._settings.tick
         if fresh:
             self._looked_at = now
             self._prospects.clear()
+            self._missing.clear()
         looked: Load | None = None
         for stall in stalls:
             if stall.call.state not in ON_DEVICE or (stall.id in self._prospects and not fresh):
@@ -91,41 +95,41 @@ class Idle:
         held = [stall for stall in agents.stalls if stall.held_blocks and stall.id not in step.moved]
         return sorted(held, key=lambda stall: -stall.call.started)
 
-    def bring_back(self, step: Step, agents: AgentView, free: int, now: float) -> None:
-        """Uploads that are due, and blocks for those that soon will be. `free`: blocks that nobody waits for."""
+    def bring_back(self, step: Step, agents: AgentView, ranks: Ranks, head: RequestView | None, now: float) -> None:
+        """Uploads that are due, and blocks for those that soon will be; `head`, who waits for blocks, goes before
+        those that rank behind it."""
         snapshot = step.snapshot
-        if self._settings.upload != "predictive" or snapshot.tiers is None:
+        if self._settings.upload != "predictive" or snapshot.tiers is None or not self._settings.offload:
             return
-        returning = [stall for stall in agents.stalls if stall.call.state in (*_OFF_DEVICE, CallState.UPLOADING)]
-        if not returning:
+        away = [stall for stall in agents.stalls if stall.call.state in _OFF_DEVICE and not stall.call.successor]
+        near = sorted((stall.call.remaining(now, _EARLY), i) for i, stall in enumerate(away))
+        if not near or near[0][0] > _FAR:
             return
-        held = sum(stall.held_blocks for stall in returning)
-        held += sum(stall.held_blocks for stall in agents.stalls if stall.call.state is CallState.READY)
+        back = (CallState.READY, CallState.UPLOADING, CallState.RESERVING)
+        held = sum(stall.held_blocks for stall in agents.stalls if stall.call.state in back)
         allowance = int(self._settings.allowance * snapshot.num_blocks) - held
-        step_seconds = snapshot.costs.decode_seconds(max(1, len(snapshot.running)), 1024 * len(snapshot.running))
-        returning.sort(key=lambda stall: stall.call.remaining(now, _EARLY))
-        for stall in returning:
-            if stall.call.state is CallState.UPLOADING or stall.id in step.moved or stall.call.successor:
+        context = sum([request.num_tokens for request in snapshot.running])
+        step_seconds = snapshot.costs.decode_seconds(max(1, len(snapshot.running)), context)
+        for early, i in near:
+            stall, free = away[i], step.available - step.promised
+            if early > _FAR or (head is not None and ranks(head) < ranks.of_call(stall.call, agents, now)):
                 continue
-            early = stall.call.remaining(now, _EARLY)
-            if early > _FAR and not stall.reserved_blocks:
-                break
-            blocks = agents.loadable_blocks(stall.id)
-            back = Return(blocks, stall.reserved_blocks, early, snapshot.tiers.read_seconds(blocks))
+            blocks = self._missing.get(stall.id, -1)
+            if blocks < 0:
+                blocks = self._missing[stall.id] = agents.loadable_blocks(stall.id)
+            ahead = Return(blocks, stall.reserved_blocks, early, snapshot.tiers.read_seconds(blocks))
             todo = next_step(
-                back, step_seconds=step_seconds, lead=self._settings.lead, free=free,
-                allowance=allowance + stall.reserved_blocks, gradual=self._settings.gradual,
+                ahead, step_seconds=step_seconds, lead=self._settings.lead, free=free, allowance=allowance,
+                gradual=self._settings.gradual,
             )  # fmt: skip
+            taken = todo.reserve
             if todo.upload and blocks:
+                taken = max(0, blocks - stall.reserved_blocks)
                 step.moves.append(StallMove(stall.id, "upload"))
-                step.available -= max(0, blocks - stall.reserved_blocks)
-                free -= max(0, blocks - stall.reserved_blocks)
-                allowance -= blocks - stall.reserved_blocks
             elif todo.reserve:
                 step.moves.append(StallMove(stall.id, "reserve", todo.reserve))
-                step.available -= todo.reserve
-                free -= todo.reserve
-                allowance -= todo.reserve
+            step.available -= taken
+            allowance -= taken
 
     # ---- small parts -------------------------------------------------------------------------------------
 

@@ -44,6 +44,10 @@ class Agentic:
         self.ranks = Ranks(settings)
         self.idle = Idle(settings)
         self.reservations: Reservations | None = None
+        self._roles: tuple[float, dict[str, int], dict[str, int]] = (float("-inf"), {}, {})
+        """When blocks were last counted by role; those used, and those waited for."""
+        self._blocked = ("", 0, float("-inf"))
+        """Who found too few blocks, how many it needs, and until when it need not be asked again."""
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         agents = snapshot.agents
@@ -62,20 +66,20 @@ class Agentic:
             step.budget = min(step.budget, self.settings.prefill_budget)
         for request in prefilling:
             step.continue_running(request)
-        wanted = 0
-        if not step.evicted:
-            wanted = self._admit(step, agents, running, now)
-        self.idle.bring_back(step, agents, step.available - step.promised - wanted, now)
+        head = None if step.evicted else self._admit(step, agents, running, now)
+        self.idle.bring_back(step, agents, self.ranks, head, now)
         return step.decision()
 
     # ---- admission ---------------------------------------------------------------------------------------
 
-    def _admit(self, step: Step, agents: AgentView, running: Sequence[RequestView], now: float) -> int:
-        """Admit in the order of ranks; blocks that who could not be admitted lacks."""
+    def _admit(self, step: Step, agents: AgentView, running: Sequence[RequestView], now: float) -> RequestView | None:
+        """Admit in the order of ranks; the first who found no blocks, if there is one."""
         snapshot = step.snapshot
         if not snapshot.waiting:
-            return 0
+            return None
         queue = self._queue(snapshot, now)
+        if self._is_blocked(step, queue[0], now):
+            return queue[0]
         growth = sum([self._growth(snapshot, request) for request in snapshot.running])
         roles = self._plan_reserves(snapshot, queue, now)
         in_vain = 0
@@ -92,12 +96,18 @@ class Agentic:
             if not self._make_room(step, agents, request, need, running, now):
                 alone = step.num_running == 0 and self._clear(step, agents, offer)
                 if not alone:
-                    return need
+                    self._blocked = (request.id, need, now + self.settings.tick)
+                    return request
             growth += self._growth(snapshot, request)
             if self.reservations is not None and roles is not None:
                 roles[0][_role(request)] = roles[0].get(_role(request), 0) + offer.blocks
             step.take(offer)
-        return 0
+        return None
+
+    def _is_blocked(self, step: Step, head: RequestView, now: float) -> bool:
+        """Whether the head of the queue was found not to fit a moment ago, and no more blocks have come free since."""
+        id, need, until = self._blocked
+        return head.id == id and now < until and step.available - step.promised < need and step.num_running > 0
 
     def _queue(self, snapshot: Snapshot, now: float) -> list[RequestView]:
         """Who waits, in the order of ranks; readers who were set aside come when they have little left to read."""
@@ -206,12 +216,15 @@ class Agentic:
                 critical=self.settings.critical, published=self.settings.reserve == "published"
             )
             self.reservations = Reservations(settings, snapshot.num_blocks)
-        used: dict[str, int] = {}
+        counted_at, used, waiting = self._roles
+        if now < counted_at + self.settings.tick:
+            return used, waiting
+        used, waiting = {}, {}
+        self._roles = (now, used, waiting)
         scores: dict[str, list[float]] = {}
         for request in (*snapshot.running, *snapshot.loading):
             used[_role(request)] = used.get(_role(request), 0) + request.num_blocks
             scores.setdefault(_role(request), []).append(-self.ranks(request)[0])
-        waiting: dict[str, int] = {}
         for request in queue[:_COUNTED]:
             waiting[_role(request)] = waiting.get(_role(request), 0) + snapshot.blocks_for(request.num_tokens)
             scores.setdefault(_role(request), []).append(-self.ranks(request)[0])

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.agents.lengths import OutputLengths
+from kvarn.serving.agents.lifecycle import Call
 from kvarn.serving.agents.priority import NO_HINTS, ORDERS, Claim, Key, ranked
 from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.protocol import AgentView, RequestView, Snapshot
@@ -38,6 +39,12 @@ class Ranks:
     def __call__(self, request: RequestView) -> Key:
         """The rank of a request that has not ended."""
         return self._keys[request.id]
+
+    def of_call(self, call: Call, agents: AgentView, now: float) -> Key:
+        """The rank that the request will have which goes on from a call."""
+        program = agents.program(call.id)
+        claim = Claim(now, call.started, call.num_tokens, 1.0, call.agent, program)
+        return self._order(claim, now)
 
     def outputs_left(self, request: RequestView) -> int:
         """Tokens that its answer is expected to have still, at least one."""
