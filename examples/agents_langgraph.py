@@ -46,7 +46,7 @@ def main() -> None:
         turn = 1 + sum(message.type == "ai" for message in state["messages"])
         node = "model" if turn == 1 else f"model#{turn}"
         choice = "required" if turn == 1 else "none" if turn == ROUNDS else "auto"
-        asking = model.bind_tools([search_web], tool_choice=choice)
+        asking = model.bind_tools([search_web], tool_choice=choice, parallel_tool_calls=False)
         answer = asking.invoke(state["messages"], **request_extras(plan.hints(node, program)))
         found = answer.usage_metadata["input_token_details"].get("cache_read", 0)
         print(f"{node}: {found} of {answer.usage_metadata['input_tokens']} prompt tokens were there already")
