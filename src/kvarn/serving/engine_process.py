@@ -23,6 +23,7 @@ import numpy as np
 import zmq
 
 from kvarn.errors import KvarnError, RequestError
+from kvarn.serving.agents_report import agent_stats, report_agents
 from kvarn.serving.api.messages import (
     Acknowledge,
     Cancel,
@@ -39,6 +40,7 @@ from kvarn.serving.api.messages import (
     TokenOutput,
     Told,
     Watch,
+    WatchAgents,
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
@@ -108,6 +110,8 @@ class EngineProcess:
                 self.engine.acknowledge(message.id, message.tokens, message.fastest)
             case Watch():
                 self.outbox.send(report_streams(self.engine, self._stats(), message.limit))
+            case WatchAgents():
+                self.outbox.send(report_agents(self.engine, self._stats(), message.limit))
             case Tell():
                 self._tell(message)
             case Shutdown():
@@ -185,6 +189,7 @@ class EngineProcess:
             accepted_tokens=totals.accepted_tokens,
             loads=totals.loads,
             loading=len(engine.loading),
+            agents=None if engine.agents is None else agent_stats(engine.agents),
             **_tier_stats(engine.tiers),
         )
 

@@ -20,13 +20,17 @@ import msgspec
 import zmq
 
 from kvarn.serving.agents.events import AgentEvent, CallFinish, CallReport, CallStart, Close
-from kvarn.serving.agents.hints import UNKNOWN
+from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.api.messages import (
     Acknowledge,
+    AgentsReport,
+    AgentStats,
     Cancel,
     EngineStats,
     FromEngine,
     Loading,
+    NodeReport,
+    ProgramReport,
     Ready,
     Shutdown,
     StartFailed,
@@ -39,6 +43,7 @@ from kvarn.serving.api.messages import (
     TokenOutput,
     Told,
     Watch,
+    WatchAgents,
 )
 from kvarn.serving.batch import TokenLogprobs
 
@@ -151,6 +156,9 @@ class StandIn:
                 log("watch", limit=message.limit)
                 told = [request.report() for request in self.running.values()][: message.limit]
                 self.send(StreamsReport(EngineStats(running=len(self.running)), 0, told))
+            case WatchAgents():
+                log("watch_agents", limit=message.limit)
+                self.send(self.report_agents(message.limit))
             case Tell():
                 log("tell", number=message.number, kind=type(message.event).__name__, **facts_of(message.event))
                 told = self.tell(message)
@@ -159,6 +167,19 @@ class StandIn:
             case Shutdown():
                 log("shutdown")
                 self.alive = False
+
+    def report_agents(self, limit: int) -> AgentsReport:
+        """A program for each request that may call."""
+        programs = []
+        for (_, id), state in [*self.calls.items()][:limit]:
+            hints = AgentHints(agent="coder", after=("planner",), critical=True)
+            call = CallReport(id, "kept", 3.0, 2.0, 60.0, held_blocks=4) if state == "calling" else None
+            node = NodeReport(id, id, hints, state if call else "ended", "weather", call, 5, 4, 3, 2, 1)
+            programs.append(ProgramReport(f"of {id}", 2.0, 1.0, 10.0, UNKNOWN, 8.0, [node]))
+        return AgentsReport(EngineStats(agents=self.agent_stats()), {"stalled": 7, "free": 57}, programs)
+
+    def agent_stats(self) -> AgentStats:
+        return AgentStats(len(self.calls), {"kept": len(self.calls)}, held_blocks=7, started=2, on_time_uploads=1)
 
     def tell(self, message: Tell) -> Told:
         """Starts, progress and finish in this order, each any number of times; what is unknown is not found."""
@@ -188,7 +209,12 @@ class StandIn:
                 if output.finish_reason is not None:
                     del self.running[output.id]
             if outputs:
-                stats = EngineStats(running=len(self.running), blocks_free=7, output_tokens=self.output_tokens)
+                stats = EngineStats(
+                    running=len(self.running),
+                    blocks_free=7,
+                    output_tokens=self.output_tokens,
+                    agents=self.agent_stats(),
+                )
                 self.send(StepOutputs(outputs, stats))
                 time.sleep(STEP_SECONDS)
 

@@ -18,6 +18,8 @@ from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.api.calls import CallBook
 from kvarn.serving.api.hint_schemas import HintFields
 from kvarn.serving.api.hints import LONGEST_SECONDS, LONGEST_TEXT, MOST_AFTER, Hints, read_hints
+from kvarn.serving.api.messages import AgentStats, EngineStats
+from kvarn.serving.api.metrics import Metrics
 from tests.conftest import wait_until
 from tests.serving.api.conftest import Server, running
 from tests.serving.api.test_tools import CALLS, TOOLS
@@ -199,22 +201,21 @@ def test_wrong_types_are_refused_by_name(server: Server) -> None:
 @pytest.fixture(scope="module")
 def agentic() -> Any:
     """A server whose policy uses hints (the stand-in for the engine has none)."""
-    with running(engine={"policy": "streaming"}) as shared:
+    with running(engine={"policy": "agentic"}) as shared:
         yield shared
 
 
-UNUSED = "the policy is streaming; only agentic uses it"
 GIVEN = {"kv_hints": {"message_id": "m", "agent": {"program": "p", "importance": 99}}, "priority": 2}
 ANSWERED = {
     "protocol_version": 1,
     "message_id": "m",
     "outcomes": [
-        {"hint": "kv_hints.agent.program", "outcome": "ignored", "reason": UNUSED},
-        {"hint": "kv_hints.agent.importance", "outcome": "ignored", "reason": UNUSED},
+        {"hint": "kv_hints.agent.program", "outcome": "accepted"},
+        {"hint": "kv_hints.agent.importance", "outcome": "clipped", "reason": "99 is above 10"},
         {"hint": "priority", "outcome": "accepted"},
     ],
 }
-HEADER = "program=ignored, importance=ignored, priority=accepted"
+HEADER = "program=accepted, importance=clipped, priority=accepted"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,10 @@ def test_under_another_policy_hints_are_answered_as_ignored(server: Server) -> N
 
 
 def heard(server: Server, answer_id: str) -> list[dict[str, Any]]:
-    """The events of one answer that the engine was told of."""
+    """The events of one answer that the engine has been told of. Messages keep their order, so all that were sent
+    before one that is answered count."""
+    with server.http() as http:
+        assert http.post(EVENTS, json={"type": "close", "request": "last"}).status_code == 404
     return [line for line in server.engine_log("tell") if line["request"] == f"{answer_id}-0"]
 
 
@@ -454,6 +458,47 @@ def test_an_engine_that_dies_with_a_question_fails_it(start: Any) -> None:
         answer = http.post(EVENTS, json={"type": "call_finish", "request": "mute"})
         killer.join()
         assert answer.status_code == 503
+
+
+# ---- for people who watch ----------------------------------------------------------------------------------
+
+
+def test_programs_and_their_calls_are_shown_to_who_may_ask(start: Any) -> None:
+    with start(api_keys=["a"]) as server, server.http(headers={"authorization": "Bearer a"}) as http:
+        client = server.openai("a")
+        messages: list[Any] = [{"role": "user", "content": CALLS}]
+        answers = [client.chat.completions.create(model="smollm2", messages=messages, tools=TOOLS) for _ in range(3)]  # type: ignore[arg-type]
+        body = http.get("/v1/agents").json()
+        assert body["programs"] == 3 and body["calls"] == {"kept": 3} and body["num_blocks"] == 64
+        (node,) = body["data"][0]["nodes"]
+        assert node == {
+            "name": answers[0].id, "request": answers[0].id, "agent": "coder", "after": ["planner"], "join": "",
+            "depth": 0, "critical": True, "importance": 0, "state": "calling", "tool": "weather",
+            "call": {
+                "state": "kept", "expected_seconds": 3.0, "remaining_seconds": 2.0, "deadline_seconds": 60.0,
+                "held_blocks": 4,
+            },
+            "blocks": {"needed": 5, "device": 4, "host": 3, "disk": 2, "reserved": 1},
+        }  # fmt: skip
+        assert body["data"][0]["remaining_seconds"] is None and body["data"][0]["total_seconds"] == 8.0
+        assert len(http.get("/v1/agents?limit=2").json()["data"]) == 2
+        for wrong in ("0", "501", "many", "-1"):
+            assert http.get(f"/v1/agents?limit={wrong}").status_code == 400
+        assert httpx.get(f"{server.url}/v1/agents").status_code == 401
+        text = http.get("/metrics").text
+        for line in ("kvarn_agent_held_blocks 7.0", 'kvarn_agent_uploads_total{outcome="on_time"} 1.0'):
+            assert line in text
+
+
+def test_agent_totals_go_on_when_another_engine_counts_from_zero() -> None:
+    metrics = Metrics()
+    metrics.engine_stats(EngineStats(agents=AgentStats(calls={"kept": 2}, started=5, forecast_error_seconds=1.5)))
+    metrics.engine_is_up(False)
+    metrics.engine_stats(EngineStats(agents=AgentStats(started=3)))
+    text = metrics.render().decode()
+    assert 'kvarn_agent_call_events_total{event="started"} 8.0' in text
+    assert "kvarn_agent_forecast_error_seconds_total 1.5" in text
+    assert 'kvarn_agent_calls{state="kept"} 0.0' in text
 
 
 def test_retried_events_of_openai_clients_look_like_its_errors(server: Server) -> None:

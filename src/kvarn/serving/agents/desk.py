@@ -10,9 +10,9 @@ for events that come late or twice.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from kvarn.errors import RequestError
@@ -71,6 +71,8 @@ class DeskCounters:
     """Calls given up at their deadline."""
     continued: int = 0
     """Calls that a request went on from."""
+    found: Counter[CallState] = field(default_factory=Counter)
+    """Where the KV was when that request came."""
 
 
 class Desk(Generic[T]):
@@ -107,6 +109,7 @@ class Desk(Generic[T]):
         if call is None or call.successor:
             return
         self._finish(call, now, UNKNOWN)
+        self.counters.found[call.state] += 1
         call.successor = request.id
         self._successors[request.id] = call.id
 
@@ -245,6 +248,7 @@ class Desk(Generic[T]):
         return self._keep(call)
 
     def _retain(self, turn: Turn, now: float) -> Call:
+        self.programs.adopt(turn, now)
         seconds = min(turn.retain_seconds, LONGEST_RETENTION)
         agent = turn.agent or AgentHints()
         forecast = Forecast(seconds, (1.0,))

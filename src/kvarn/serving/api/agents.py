@@ -1,6 +1,8 @@
-"""/v1/agents: clients tell how their tool calls go."""
+"""/v1/agents: clients tell how their tool calls go; programs, their calls and where their KV lies are shown."""
 
 from __future__ import annotations
+
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,11 +11,15 @@ from kvarn.errors import RequestError
 from kvarn.serving.agents.events import AgentEvent, CallFinish, CallProgress, CallReport, CallStart, Close
 from kvarn.serving.agents.hints import UNKNOWN
 from kvarn.serving.api.bodies import read_body
-from kvarn.serving.api.messages import Told
+from kvarn.serving.api.engine_client import EngineLink
+from kvarn.serving.api.messages import AgentsReport, AgentStats, NodeReport, ProgramReport, Told
 from kvarn.serving.api.schemas import EventRequest
 from kvarn.serving.api.service import Service, answered
 from kvarn.serving.api.small_endpoints import json_response
+from kvarn.serving.api.watching import Watching, limit_of, limit_query
 
+DEFAULT_LIMIT, MOST_PROGRAMS = 50, 500
+AGENTS_QUERY: Final = limit_query("Programs to list at most; the totals are of all.", DEFAULT_LIMIT, MOST_PROGRAMS)
 _CODES = {400: "invalid_value", 404: "not_found", 409: "conflict"}
 
 
@@ -22,6 +28,16 @@ class Agents:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._watching = Watching(EngineLink.report_agents)
+
+    async def index(self, request: Request) -> Response:
+        """What agents do."""
+        service = self._service
+        service.tenant(request)
+        limit = limit_of(request, DEFAULT_LIMIT, MOST_PROGRAMS)
+        link = service.running_engine()
+        report = await self._watching.report(link, limit)
+        return json_response({"object": "list", "model": service.model_name} | _body(report, limit, link))
 
     async def event(self, request: Request) -> Response:
         """Hand an event to the engine; the answer says where the call stands after it."""
@@ -75,16 +91,69 @@ def _refusal(told: Told, engine_id: str, sent: str) -> RequestError:
 
 def _call(report: CallReport, sent: str) -> dict[str, object]:
     """answer_schemas.AgentCall."""
-    times = {
-        "expected_seconds": report.expected_seconds,
-        "remaining_seconds": report.remaining_seconds,
-        "deadline_seconds": report.deadline_seconds,
-    }
+    return {"object": "agent.call", "request": sent, **_stand(report), "closed": report.closed}
+
+
+def _stand(report: CallReport) -> dict[str, object]:
+    """answer_schemas.CallFacts."""
     return {
-        "object": "agent.call",
-        "request": sent,
         "state": report.state,
-        **{name: None if seconds < 0 else round(seconds, 3) for name, seconds in times.items()},
+        "expected_seconds": _known(report.expected_seconds),
+        "remaining_seconds": _known(report.remaining_seconds),
+        "deadline_seconds": _known(report.deadline_seconds),
         "held_blocks": report.held_blocks,
-        "closed": report.closed,
+    }
+
+
+def _known(seconds: float) -> float | None:
+    return None if seconds < 0 else round(seconds, 3)
+
+
+def _body(report: AgentsReport, limit: int, link: EngineLink) -> dict[str, object]:
+    """The rest of answer_schemas.AgentList."""
+    stats, ready = report.stats.agents or AgentStats(), link.ready
+    assert ready is not None
+    return {
+        "data": [_program(program) for program in report.programs[:limit]],
+        "programs": stats.programs,
+        "calls": stats.calls,
+        "blocks": report.blocks,
+        "num_blocks": ready.num_blocks,
+        "block_tokens": ready.block_size,
+    }
+
+
+def _program(program: ProgramReport) -> dict[str, object]:
+    return {
+        "id": program.id,
+        "age_seconds": round(program.age, 3),
+        "idle_seconds": round(program.idle, 3),
+        "work_tokens": round(program.work_tokens, 1),
+        "remaining_seconds": _known(program.remaining_seconds),
+        "total_seconds": _known(program.total_seconds),
+        "nodes": [_node(node) for node in program.nodes],
+    }
+
+
+def _node(node: NodeReport) -> dict[str, object]:
+    hints = node.hints
+    return {
+        "name": node.name.removesuffix("-0"),
+        "request": node.request.removesuffix("-0"),
+        "agent": hints.agent,
+        "after": hints.after,
+        "join": hints.join,
+        "depth": hints.depth,
+        "critical": hints.critical,
+        "importance": hints.importance,
+        "state": node.state,
+        "tool": node.tool,
+        "call": None if node.call is None else _stand(node.call),
+        "blocks": {
+            "needed": node.blocks,
+            "device": node.device_blocks,
+            "host": node.host_blocks,
+            "disk": node.disk_blocks,
+            "reserved": node.reserved_blocks,
+        },
     }

@@ -250,21 +250,78 @@ class StreamList(BaseModel):
     copy_bytes_per_second: CopySpeeds
 
 
-class AgentCall(BaseModel):
+class CallFacts(BaseModel):
     """Where a tool call stands. Times in seconds; null where nobody knows."""
 
-    object: Literal["agent.call"]
-    request: str
     state: str
+    """Where its conversation's KV is: kept, offloading, offloaded, reserving, uploading, ready or released. Dead once
+    it is over; announced before its request has ended; untracked where the policy knows no agents."""
     expected_seconds: float | None
-    """Of the whole call, as forecast when it began."""
+    """Of the whole call."""
     remaining_seconds: float | None
     deadline_seconds: float | None
     """Until it is given up."""
     held_blocks: int
     """KV blocks kept on the device for it."""
+
+
+class AgentCall(CallFacts):
+    object: Literal["agent.call"]
+    request: str
     closed: int
     """Calls that a close has ended."""
+
+
+class NodePlaces(KVPlaces):
+    reserved: int
+    """Taken on the device for its return, without content."""
+
+
+class AgentNode(BaseModel):
+    """One model call of a program. What its client does not tell is empty, 0 or false."""
+
+    name: str
+    request: str
+    agent: str
+    after: list[str]
+    join: str
+    depth: int
+    critical: bool
+    importance: int
+    state: Literal["waiting", "loading", "running", "calling", "answered", "retained", "ended"]
+    """calling: its tool runs. answered: until a request has the tool's result. retained: kept as its client asked."""
+    tool: str
+    call: CallFacts | None
+    blocks: NodePlaces
+
+
+class AgentProgram(BaseModel):
+    """One run of an application."""
+
+    id: str
+    age_seconds: float
+    idle_seconds: float
+    work_tokens: float
+    """What it has had computed, in tokens of output."""
+    remaining_seconds: float | None
+    total_seconds: float | None
+    nodes: list[AgentNode]
+
+
+class AgentList(BaseModel):
+    """The programs that were seen last, those with something going on first."""
+
+    object: Literal["list"]
+    model: str
+    data: list[AgentProgram]
+    programs: int
+    """That the engine remembers."""
+    calls: dict[str, int]
+    """Tool calls that go on, by where their conversations' KV is."""
+    blocks: dict[str, int]
+    """The device's KV blocks by what they are held for; empty where the policy knows no agents."""
+    num_blocks: int
+    block_tokens: int
 
 
 class Health(BaseModel):

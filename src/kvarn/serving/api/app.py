@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from kvarn import __version__
 from kvarn.errors import KvarnError
-from kvarn.serving.api.agents import Agents
+from kvarn.serving.api.agents import AGENTS_QUERY, Agents
 from kvarn.serving.api.answer_schemas import (
     AgentCall,
+    AgentList,
     ChatCompletion,
     Completion,
     Detokenized,
@@ -76,7 +77,9 @@ def make_app(service: Service) -> FastAPI:
     post("/v1/chat/completions", ChatCompletions(service).create, ChatRequest, ChatCompletion, streams=True)
     post("/v1/completions", Completions(service).create, CompletionRequest, Completion, streams=True)
     post("/v1/responses", Responses(service).create, ResponsesRequest, ResponseObject, streams=True)
-    post("/v1/agents/events", Agents(service).event, EventRequest, AgentCall)
+    agents = Agents(service)
+    get("/v1/agents", agents.index, AgentList, AGENTS_QUERY)
+    post("/v1/agents/events", agents.event, EventRequest, AgentCall)
     models, tokens, condition = Models(service), Tokens(service), Condition(service)
     streams = Streams(service)
     get("/v1/streams", streams.index, StreamList, STREAMS_QUERY)

@@ -24,6 +24,7 @@ import zmq.asyncio
 from kvarn.serving.agents.events import AgentEvent
 from kvarn.serving.api.messages import (
     Acknowledge,
+    AgentsReport,
     Cancel,
     EngineStats,
     FromEngine,
@@ -37,6 +38,7 @@ from kvarn.serving.api.messages import (
     TokenOutput,
     Told,
     Watch,
+    WatchAgents,
 )
 from kvarn.serving.api.speed import Speed
 
@@ -91,7 +93,7 @@ class EngineLink:
         self.stats = EngineStats()
         self._mailboxes: dict[str, Mailbox] = {}
         self._unstarted: set[str] = set()
-        self._questions: deque[asyncio.Future[StreamsReport | None]] = deque()
+        self._questions: deque[asyncio.Future[Any]] = deque()
         self._told: dict[int, asyncio.Future[Told | None]] = {}
         self._numbers = itertools.count(1)
         self._speed = Speed()
@@ -153,7 +155,14 @@ class EngineLink:
         self._send(Watch(limit))
         return await question
 
-    def note_report(self, report: StreamsReport) -> None:
+    async def report_agents(self, limit: int) -> AgentsReport | None:
+        """As that, of the `limit` programs of agents that were seen last."""
+        question: asyncio.Future[AgentsReport | None] = asyncio.get_running_loop().create_future()
+        self._questions.append(question)
+        self._send(WatchAgents(limit))
+        return await question
+
+    def note_report(self, report: StreamsReport | AgentsReport) -> None:
         """Hand a report to who asked first."""
         self._note_stats(report.stats)
         question = self._questions.popleft()

@@ -55,6 +55,13 @@ class Watch(msgspec.Struct, tag="watch", array_like=True):
     """Streams to tell of at most."""
 
 
+class WatchAgents(msgspec.Struct, tag="watch_agents", array_like=True):
+    """What do agents do? Answered by one AgentsReport, in order with the answers to Watch."""
+
+    limit: int
+    """Programs to tell of at most."""
+
+
 class Tell(msgspec.Struct, tag="tell", array_like=True):
     """News of a tool call, or a question where it stands: answered by one Told with the same number."""
 
@@ -67,7 +74,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
 
 
-ToEngine = Submit | Cancel | Acknowledge | Watch | Tell | Shutdown
+ToEngine = Submit | Cancel | Acknowledge | Watch | WatchAgents | Tell | Shutdown
 
 # ---- engine -> API ---------------------------------------------------------------------------------------
 
@@ -108,6 +115,34 @@ class TokenOutput(msgspec.Struct, array_like=True):
     error: str | None = None
     error_field: str | None = None
     """With finish_reason "error": what to tell the client; error_field set means the input was at fault (HTTP 400)."""
+
+
+class AgentStats(msgspec.Struct, array_like=True):
+    """Agents and their tool calls. Counters are since start."""
+
+    programs: int = 0
+    calls: dict[str, int] = {}
+    """CallState value -> tool calls that are not over."""
+    held_blocks: int = 0
+    """Device blocks held for them, each conversation's counted by itself."""
+    reserved_blocks: int = 0
+    """Those of them that wait for content."""
+    started: int = 0
+    finished: int = 0
+    expired: int = 0
+    continued: int = 0
+    offloads: int = 0
+    """Conversations copied to the host and taken off the device while their tools ran."""
+    on_time_uploads: int = 0
+    """Next requests that found their conversation brought back."""
+    late_uploads: int = 0
+    """Those that came while it was still on the host, or on its way."""
+    wasted_uploads: int = 0
+    """Conversations brought back and given up again before a request came."""
+    forecasts: int = 0
+    """Calls whose duration is known."""
+    forecast_error_seconds: float = 0.0
+    """Sum of the differences between what they took and what was forecast."""
 
 
 class EngineStats(msgspec.Struct, array_like=True):
@@ -152,6 +187,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     from_disk_rate: float = 0.0
     loading: int = 0
     """Requests whose KV is on its way back to the device."""
+    agents: AgentStats | None = None
+    """None where the policy knows no agents."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -200,6 +237,49 @@ class StreamsReport(msgspec.Struct, tag="streams", array_like=True):
     """Of KV in a block; 0 where nothing is ever copied."""
 
 
+class NodeReport(msgspec.Struct, array_like=True):
+    """One model call of a program, and the tool call that it ended with."""
+
+    name: str
+    request: str
+    hints: AgentHints
+    state: str
+    """A RequestState value; or "calling" while its tool runs, "answered" until the next request has the result,
+    "retained" while it is kept as its client asked, "ended"."""
+    tool: str = ""
+    call: CallReport | None = None
+    blocks: int = 0
+    """Blocks of KV that its tokens fill; each number below counts leading ones of them."""
+    device_blocks: int = 0
+    host_blocks: int = 0
+    disk_blocks: int = 0
+    reserved_blocks: int = 0
+    """Device blocks taken for its return, without content."""
+
+
+class ProgramReport(msgspec.Struct, array_like=True):
+    """One run of an application. Times in seconds, UNKNOWN where nobody knows."""
+
+    id: str
+    age: float
+    idle: float
+    """Since something of it last came or ended."""
+    work_tokens: float
+    """What it has had computed, in tokens of output."""
+    remaining_seconds: float
+    total_seconds: float
+    nodes: list[NodeReport]
+
+
+class AgentsReport(msgspec.Struct, tag="agents", array_like=True):
+    """Programs that were seen last, and what all device blocks are held for."""
+
+    stats: EngineStats
+    blocks: dict[str, int]
+    """See kvarn.serving.block_states; empty where the policy knows no agents."""
+    programs: list[ProgramReport]
+
+
 class Told(msgspec.Struct, tag="told", array_like=True):
     """What became of a Tell: a report, or why it was refused."""
 
@@ -218,4 +298,4 @@ class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
     message: str
 
 
-FromEngine = Loading | Ready | StepOutputs | StreamsReport | Told | StartFailed
+FromEngine = Loading | Ready | StepOutputs | StreamsReport | AgentsReport | Told | StartFailed

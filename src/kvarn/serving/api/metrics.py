@@ -10,6 +10,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from kvarn.serving.api.agent_metrics import AgentMetrics
 from kvarn.serving.api.messages import EngineStats
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -82,6 +83,7 @@ class Metrics:
             registry=registry,
         )
         self._totals = [(field, Counter(name, help, registry=registry)) for field, name, help in _ENGINE_TOTALS]
+        self.agents = AgentMetrics(registry)
         self._last = EngineStats()
         self._was_up = False
 
@@ -101,6 +103,8 @@ class Metrics:
         for field, counter in self._totals:
             counter.inc(max(0, getattr(stats, field) - getattr(self._last, field)))
         self._last = stats
+        if stats.agents is not None:
+            self.agents.note(stats.agents)
 
     def engine_is_up(self, up: bool) -> None:
         if up and self._was_up:
@@ -108,6 +112,7 @@ class Metrics:
         self._was_up |= up
         self.engine_up.set(up)
         self._last = EngineStats()
+        self.agents.restart()
         self.waiting.set(0)
         self.running.set(0)
         self.loading.set(0)

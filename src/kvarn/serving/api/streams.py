@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvarn.errors import RequestError
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.messages import StreamReport, StreamsReport
 from kvarn.serving.api.schemas import ReadRequest
-from kvarn.serving.api.service import Service, answered
+from kvarn.serving.api.service import Service
 from kvarn.serving.api.small_endpoints import json_response
+from kvarn.serving.api.watching import Watching, limit_of, limit_query
 
 DEFAULT_LIMIT, MOST_STREAMS = 200, 1000
-FRESH = 0.2
-"""Seconds that a report is told again: whatever the number of watchers, the engine is asked five times a second."""
-
-STREAMS_QUERY: Final[dict[str, Any]] = {
-    "parameters": [
-        {
-            "name": "limit",
-            "in": "query",
-            "description": "Streams to list at most; the totals are of all.",
-            "schema": {"type": "integer", "minimum": 1, "maximum": MOST_STREAMS, "default": DEFAULT_LIMIT},
-        }
-    ]
-}
+STREAMS_QUERY: Final = limit_query("Streams to list at most; the totals are of all.", DEFAULT_LIMIT, MOST_STREAMS)
 
 
 class Streams:
-    """The endpoints. Watchers who ask at the same time share one answer of the engine."""
+    """The endpoints."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._asking: asyncio.Task[StreamsReport | None] | None = None
-        self._asked: tuple[EngineLink, int] | None = None
-        self._fresh_until = 0.0
+        self._watching = Watching(EngineLink.report_streams)
 
     async def index(self, request: Request) -> Response:
         service = self._service
         service.tenant(request)
-        limit = _limit(request)
+        limit = limit_of(request, DEFAULT_LIMIT, MOST_STREAMS)
         link = service.running_engine()
-        report = await answered(asyncio.shield(self._report(link, limit)))
+        report = await self._watching.report(link, limit)
         return json_response({"object": "list", "model": service.model_name} | _body(report, limit, link))
 
     async def read(self, request: Request, id: str) -> Response:
@@ -57,23 +41,6 @@ class Streams:
         body = await read_body(request, ReadRequest, service.config.max_body_bytes)
         service.find(id, tenant).acknowledge(body.index, body.tokens, service.fastest_reader(tenant))
         return json_response({"status": "ok"})
-
-    def _report(self, link: EngineLink, limit: int) -> asyncio.Task[StreamsReport | None]:
-        """The answer to the latest question if it will do, else to a new one."""
-        asking, now = self._asking, time.monotonic()
-        will_do = self._asked is not None and self._asked[0] is link and self._asked[1] >= limit
-        if asking is None or not will_do or (asking.done() and now > self._fresh_until):
-            asking = self._asking = asyncio.create_task(link.report_streams(limit))
-            self._asked, self._fresh_until = (link, limit), now + FRESH
-        return asking
-
-
-def _limit(request: Request) -> int:
-    text = request.query_params.get("limit", str(DEFAULT_LIMIT))
-    limit = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-    if not 1 <= limit <= MOST_STREAMS:
-        raise RequestError(f"limit is {text[:40]!r}; expected a whole number, 1 to {MOST_STREAMS}", field="limit")
-    return limit
 
 
 def _body(report: StreamsReport, limit: int, link: EngineLink) -> dict[str, object]:

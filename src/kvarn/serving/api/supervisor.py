@@ -22,7 +22,16 @@ from kvarn.models.sources import Progress
 from kvarn.serving.api.config import ServerConfig
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.errors import Unavailable
-from kvarn.serving.api.messages import EngineStats, Loading, Ready, StartFailed, StepOutputs, StreamsReport, Told
+from kvarn.serving.api.messages import (
+    AgentsReport,
+    EngineStats,
+    Loading,
+    Ready,
+    StartFailed,
+    StepOutputs,
+    StreamsReport,
+    Told,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +175,7 @@ class EngineSupervisor:
                     link.deliver(step)
                     if step.stats is not None:
                         self._on_stats(step.stats)
-                case StreamsReport() as report:
+                case StreamsReport() | AgentsReport() as report:
                     link.note_report(report)
                 case Told() as told:
                     link.note_told(told)
