@@ -21,30 +21,35 @@ from langgraph.prebuilt import ToolNode, tools_condition
 from kvarn.clients.events import AgentEvents, request_extras
 from kvarn.clients.langgraph import ToolEvents, from_langgraph
 
-TOOL_SECONDS = 2.0
-
-
-@tool
-def search_web(query: str) -> str:
-    """Search the web."""
-    time.sleep(TOOL_SECONDS)
-    return "Oslo: light rain, 7 degrees, wind from the west."
+ROUNDS = 3
+"""Calls of the model at most."""
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     options.add_argument("--model", default="smollm2")
+    options.add_argument("--tool-seconds", type=float, default=2.0)
     chosen = options.parse_args()
     model = ChatOpenAI(base_url=chosen.base_url, api_key="none", model=chosen.model, temperature=0, max_tokens=128)
     program = f"weather-{uuid.uuid4().hex[:8]}"
 
+    @tool
+    def search_web(query: str) -> str:
+        """Search the web."""
+        time.sleep(chosen.tool_seconds)
+        return "Oslo: light rain, 7 degrees, wind from the west."
+
     def ask(state: MessagesState) -> MessagesState:
-        """The first time the model must call the tool; then it has the result, and answers."""
-        answered = state["messages"][-1].type == "tool"
-        node = "model#2" if answered else "model"
-        asking = model.bind_tools([search_web], tool_choice="none" if answered else "required")
+        """The first time the model must call the tool, the last time it must not. The tools stay the same meanwhile:
+        they are part of the prompt, and another prompt finds none of what was computed."""
+        turn = 1 + sum(message.type == "ai" for message in state["messages"])
+        node = "model" if turn == 1 else f"model#{turn}"
+        choice = "required" if turn == 1 else "none" if turn == ROUNDS else "auto"
+        asking = model.bind_tools([search_web], tool_choice=choice, parallel_tool_calls=False)
         answer = asking.invoke(state["messages"], **request_extras(plan.hints(node, program)))
+        found = answer.usage_metadata["input_token_details"].get("cache_read", 0)
+        print(f"{node}: {found} of {answer.usage_metadata['input_tokens']} prompt tokens were there already")
         print(f"{node}: {[call['args'] for call in answer.tool_calls] or answer.content!r}")
         return {"messages": [answer]}
 
@@ -56,13 +61,13 @@ def main() -> None:
     drawing.add_edge("tools", "model")
     compiled = drawing.compile()
 
-    plan = from_langgraph(compiled, name="weather", rounds=2, seconds={"tools": TOOL_SECONDS}).plan()
+    plan = from_langgraph(compiled, name="weather", rounds=ROUNDS, seconds={"tools": chosen.tool_seconds}).plan()
     for node in plan.nodes.values():
         print(f"plan: {node.name}: {node.seconds} s, {node.remaining_seconds} s to the end, tool: {node.tool or '-'}")
 
     question = {"messages": [("user", "What is the weather in Oslo? Search the web.")]}
     with AgentEvents(chosen.base_url) as events:
-        heard = ToolEvents(events, program=program, tool_seconds={search_web.name: TOOL_SECONDS})
+        heard = ToolEvents(events, program=program, tool_seconds={search_web.name: chosen.tool_seconds})
         state = compiled.invoke(question, {"callbacks": [heard]})
     print("answer:", state["messages"][-1].content)
 

@@ -22,29 +22,26 @@ from kvarn.clients.openai_agents import ToolEvents, with_hints
 from kvarn.serving.agents.events import Close
 from kvarn.serving.agents.graph import Graph
 
-TOOL_SECONDS = 2.0
 
-
-@function_tool
-async def search_web(query: str) -> str:
-    """Search the web."""
-    await asyncio.sleep(TOOL_SECONDS)
-    return "Oslo: light rain, 7 degrees, wind from the west."
-
-
-def drawing() -> Graph:
+def drawing(tool_seconds: float) -> Graph:
     """A reporter looks something up; an editor shortens what the reporter says."""
     graph = Graph("report")
     graph.llm("reporter")
-    graph.call("search_web", after=["reporter"], predict_time=TOOL_SECONDS)
+    graph.call("search_web", after=["reporter"], predict_time=tool_seconds)
     graph.llm("report", agent="reporter", continues="reporter", after=["search_web"])
     graph.llm("editor", after=["report"])
     return graph
 
 
-async def run(base_url: str, model_name: str) -> None:
+async def run(base_url: str, model_name: str, tool_seconds: float) -> None:
+    @function_tool
+    async def search_web(query: str) -> str:
+        """Search the web."""
+        await asyncio.sleep(tool_seconds)
+        return "Oslo: light rain, 7 degrees, wind from the west."
+
     program = f"report-{uuid.uuid4().hex[:8]}"
-    plan = drawing().plan()
+    plan = drawing(tool_seconds).plan()
     for node in plan.nodes.values():
         print(f"plan: {node.name}: {node.seconds} s, {node.remaining_seconds} s to the end, tool: {node.tool or '-'}")
     quiet = RunConfig(tracing_disabled=True)
@@ -59,9 +56,12 @@ async def run(base_url: str, model_name: str) -> None:
             name="editor", instructions="Say it in five words.", model=model,
             model_settings=ModelSettings(temperature=0, max_tokens=32),
         )  # fmt: skip
-        hooks = ToolEvents(events, tool_seconds={search_web.name: TOOL_SECONDS})
+        hooks = ToolEvents(events, tool_seconds={search_web.name: tool_seconds})
         reporter, editor = (with_hints(agent, plan.hints(agent.name, program)) for agent in (reporter, editor))
         report = await Runner.run(reporter, "What is the weather in Oslo?", hooks=hooks, run_config=quiet)
+        for answer in report.raw_responses:
+            found = answer.usage.input_tokens_details.cached_tokens
+            print(f"reporter: {found} of {answer.usage.input_tokens} prompt tokens were there already")
         for item in report.new_items:
             print(f"reporter: {item.type}: {getattr(item.raw_item, 'arguments', '') or getattr(item, 'output', '')}")
         short = await Runner.run(editor, str(report.final_output), hooks=hooks, run_config=quiet)
@@ -74,8 +74,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     options.add_argument("--model", default="smollm2")
+    options.add_argument("--tool-seconds", type=float, default=2.0)
     chosen = options.parse_args()
-    asyncio.run(run(chosen.base_url, chosen.model))
+    asyncio.run(run(chosen.base_url, chosen.model, chosen.tool_seconds))
 
 
 if __name__ == "__main__":
