@@ -56,19 +56,37 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/agents/events":
             self.server.events.append(body | ({"key": headers["authorization"]} if "authorization" in headers else {}))
             self._send(self.server.event_status, {"object": "agent.call"})
+            return
+        answer = self.server.answer(headers, body)
+        if body.get("stream"):
+            self._send(200, _chunks(answer), "text/event-stream")
         else:
-            self._send(200, self.server.answer(headers, body))
+            self._send(200, answer)
 
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        content = json.dumps(answer).encode()
+    def _send(self, status: int, answer: dict[str, Any] | str, content_type: str = "application/json") -> None:
+        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", content_type)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Tests are quiet."""
+
+
+def _chunks(answer: dict[str, Any]) -> str:
+    """The answer as a stream of one piece."""
+    [choice] = answer["choices"]
+    delta = dict(choice["message"])
+    delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(delta.get("tool_calls", ()))]
+    piece = {
+        **answer,
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+    }
+    end = {**piece, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    return "".join(f"data: {data}\n\n" for data in (json.dumps(piece), json.dumps(end), "[DONE]"))
 
 
 @pytest.fixture

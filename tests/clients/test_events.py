@@ -10,6 +10,7 @@ import pytest
 
 from kvarn.clients.calls import OpenCalls
 from kvarn.clients.events import AgentEvents, AsyncAgentEvents, request_extras
+from kvarn.errors import KvarnError
 from kvarn.serving.agents.events import CallFinish, CallProgress, CallStart, Close
 from kvarn.serving.agents.hints import AgentHints
 
@@ -66,6 +67,12 @@ def test_a_server_that_is_not_there_is_a_warning_once(caplog):
                 assert not events.send(CallFinish("r"))
             assert not asyncio.run(send())
     assert caplog.text.count("cannot be told of tool calls") == 2, "once for each of the two"
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000/v1", "ftp://host/v1", "http://host:port/v1", "http:///v1"])
+def test_an_address_that_is_none_is_refused_at_once(url):
+    with pytest.raises(KvarnError, match=r"base_url is .*expected one like"):
+        AgentEvents(url)
 
 
 def test_hints_as_arguments_of_a_request():

@@ -154,6 +154,19 @@ def test_a_run_tells_of_its_tool_by_the_answer_that_asked(server):
         assert body["kv_hints"] == {"protocol_version": 1, "agent": {"program": "run 1", "agent": "assistant"}}
 
 
+def test_a_streamed_run_tells_of_its_tool_by_the_tool_call(server):
+    with AgentEvents(server.base_url) as events:
+        pieces = tool_agent(asking(server, look_up)).stream(
+            QUESTION, {"callbacks": [ToolEvents(events)]}, stream_mode="messages"
+        )
+        assert "It is done." in [piece.content for piece, _ in pieces]
+    assert all(body["stream"] for _, body in server.requests)
+    assert server.events == [
+        {"type": "call_start", "request": "call-1-0", "tool": "look_up"},
+        {"type": "call_finish", "request": "call-1-0"},
+    ]
+
+
 def test_a_run_in_asyncio_tells_of_two_tools_as_one_call(server):
     @tool
     async def fetch(what: str) -> str:

@@ -32,7 +32,9 @@ def break_down(what: str) -> str:
     raise ValueError("it broke")
 
 
-def run(server, *tools: Any, hints: AgentHints | None = None, handoffs: Any = (), **known: Any) -> Any:
+def run(
+    server, *tools: Any, hints: AgentHints | None = None, handoffs: Any = (), streamed: bool = False, **known: Any
+) -> Any:
     async def whole() -> Any:
         async with (
             AsyncOpenAI(base_url=server.base_url, api_key="none") as client,
@@ -45,13 +47,20 @@ def run(server, *tools: Any, hints: AgentHints | None = None, handoffs: Any = ()
             if hints is not None:
                 agent = with_hints(agent, hints)
             quiet = RunConfig(tracing_disabled=True)
-            return await Runner.run(agent, "Look it up.", hooks=ToolEvents(events, **known), run_config=quiet)
+            hooks = ToolEvents(events, **known)
+            if not streamed:
+                return await Runner.run(agent, "Look it up.", hooks=hooks, run_config=quiet)
+            result = Runner.run_streamed(agent, "Look it up.", hooks=hooks, run_config=quiet)
+            async for _ in result.stream_events():
+                pass
+            return result
 
     return asyncio.run(whole())
 
 
-def test_a_run_tells_of_its_tools_as_one_call_and_closes_its_program(server):
-    result = run(server, look_up, fetch, program="run 1", tool_seconds={"fetch": 1.0})
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_tells_of_its_tools_as_one_call_and_closes_its_program(server, streamed: bool):
+    result = run(server, look_up, fetch, streamed=streamed, program="run 1", tool_seconds={"fetch": 1.0})
     assert result.final_output == "It is done."
     assert server.events == [
         {"type": "call_start", "request": "chat-1", "tool": "fetch", "seconds": 1.0},

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import httpx
 import msgspec
 
+from kvarn.errors import KvarnError
 from kvarn.serving.agents.events import AgentEvent
 from kvarn.serving.agents.hints import AgentHints
 
@@ -55,8 +56,8 @@ class AgentEvents:
     """
 
     def __init__(self, base_url: str, *, api_key: str = "", timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        self._client = httpx.Client(timeout=timeout_seconds, headers=_headers(api_key))
         self._url = _url(base_url)
+        self._client = httpx.Client(timeout=timeout_seconds, headers=_headers(api_key))
         self._complaints = _Complaints()
 
     def send(self, event: AgentEvent) -> bool:
@@ -83,8 +84,8 @@ class AsyncAgentEvents:
     """The same for asyncio."""
 
     def __init__(self, base_url: str, *, api_key: str = "", timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        self._client = httpx.AsyncClient(timeout=timeout_seconds, headers=_headers(api_key))
         self._url = _url(base_url)
+        self._client = httpx.AsyncClient(timeout=timeout_seconds, headers=_headers(api_key))
         self._complaints = _Complaints()
 
     async def send(self, event: AgentEvent) -> bool:
@@ -139,4 +140,11 @@ def _headers(api_key: str) -> dict[str, str]:
 
 
 def _url(base_url: str) -> str:
+    """Refused here and not at the first event, when the application runs."""
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise KvarnError(f"base_url is {base_url!r}: {error}; expected one like http://127.0.0.1:8000/v1") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise KvarnError(f"base_url is {base_url!r}; expected one like http://127.0.0.1:8000/v1")
     return f"{base_url.rstrip('/')}/agents/events"

@@ -145,7 +145,7 @@ def _way_out(last: str, first: str, children: Mapping[str, list[str]], forward: 
 class ToolEvents(BaseCallbackHandler):
     """Give it to a run: `graph.invoke(state, {"callbacks": [ToolEvents(events)]})`; one may serve many runs.
 
-    Tool calls are told by the id of the chat completion that asked for them. When a run ends, its `program` is closed.
+    Tool calls are told by the id of the answer that asked for them. When a run ends, its `program` is closed.
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class ToolEvents(BaseCallbackHandler):
                 message = getattr(generation, "message", None)
                 tools = {call["id"]: call["name"] for call in getattr(message, "tool_calls", ()) if call["id"]}
                 if message is not None and tools:
-                    self._calls.answered(message.response_metadata.get("id") or message.id or "", tools)
+                    # LangChain keeps no id of a streamed chat completion: then the server is told the tool call's.
+                    self._calls.answered(message.response_metadata.get("id") or next(iter(tools)), tools)
 
     def on_tool_start(
         self, serialized: dict[str, Any], input_str: str, *, run_id: UUID, tool_call_id: str | None = None, **_: Any

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from agents import Agent, Handoff, ModelResponse, ModelSettings, RunHooks
+from agents.models.fake_id import FAKE_RESPONSES_ID
 from openai.types.responses import ResponseFunctionToolCall
 
 from kvarn.clients.calls import OpenCalls
@@ -46,7 +47,8 @@ class ToolEvents(RunHooks):
         asked = [
             item for item in response.output if isinstance(item, ResponseFunctionToolCall) and item.name not in handoffs
         ]
-        self._calls.answered(_answer_id(response), {item.call_id: item.name for item in asked})
+        tools = {item.call_id: item.name for item in asked}
+        self._calls.answered(_answer_id(response) or next(iter(tools), ""), tools)
 
     async def on_tool_start(self, context: Any, agent: Any, tool: Any) -> None:
         if event := self._calls.started(getattr(context, "tool_call_id", "")):
@@ -62,8 +64,8 @@ class ToolEvents(RunHooks):
 
 
 def _answer_id(response: ModelResponse) -> str:
-    """The Responses API's id, or where the SDK keeps a chat completion's."""
-    if response.response_id:
+    """The Responses API's id, or where the SDK keeps a chat completion's; a streamed one's is a placeholder."""
+    if response.response_id and response.response_id != FAKE_RESPONSES_ID:
         return str(response.response_id)
     for item in response.output:
         data = getattr(item, "provider_data", None)
