@@ -61,7 +61,7 @@ def test_replays_a_trace_and_writes_what_it_found(tmp_path: Path) -> None:
         (("--abandon", "0.1"), "0.1:5"),
         (("--input-deviation", "20"), "--input-tokens"),
         (("--policy", "streaming", "--policy-option", "tick=soon"), "a number"),
-        (("--policy-option", "tick=1"), "only the policy streaming"),
+        (("--policy-option", "tick=1"), "only the policies streaming and agentic"),
         (("--trace", "/nowhere/trace.jsonl"), "cannot read"),
         (("--hardware", "rtx4090", "--model", "qwen2.5-32b"), "no KV block fits"),
         (("--kv-memory", "lots"), "--kv-memory"),

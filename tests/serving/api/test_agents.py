@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -304,6 +305,25 @@ def test_responses_with_calls_do_the_same(server: Server) -> None:
     ]
     again = client.responses.create(model="smollm2", input=history, tools=tools)
     assert submitted(server, again.id)["continues"] == f"{answer.id}-0"
+
+
+def test_a_recorded_call_can_be_followed(start: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with start(record=str(trace)) as server:
+        client = server.openai()
+        messages: list[Any] = [{"role": "user", "content": CALLS}]
+        hints = {"kv_hints": {"agent": {"program": "p", "agent": "coder", "node": "n"}}}
+        answer = client.chat.completions.create(
+            model="smollm2", messages=messages, tools=TOOLS, extra_body=hints  # type: ignore[arg-type]
+        )  # fmt: skip
+        (call, *_) = answer.choices[0].message.tool_calls or ()
+        result = {"role": "tool", "tool_call_id": call.id, "content": "x"}
+        client.chat.completions.create(model="smollm2", messages=[*messages, result])
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    first, second = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert (first["program"], first["agent"], first["node"]) == ("p", "coder", "n") and "continues" not in first
+    assert second["continues"] == first["id"] == f"{answer.id}-0" and "program" not in second
 
 
 def test_text_begins_no_call(server: Server) -> None:
