@@ -114,6 +114,7 @@ def test_a_server_that_gives_no_token_ids_is_sent_text(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     assert "prompts are text" in outcome.output and "plain requests" in outcome.output
     assert "1 of 1 completed" in outcome.output
+    assert "cached" not in outcome.output, "it has not said what it had cached"
     first, second = (body["prompt"] for body in server.bodies[-2:])
     assert len(first.split()) == 23
     assert second.startswith(first + " word" * 5)

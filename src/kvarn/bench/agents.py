@@ -88,7 +88,7 @@ class _Answer:
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
     def take(self, event: dict[str, Any], now: float) -> None:
         if error := event.get("error"):
@@ -101,7 +101,7 @@ class _Answer:
                 self.first_token = now
         if usage := event.get("usage"):
             self.prompt_tokens, self.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
 async def probe(settings: AgentSettings) -> Abilities:

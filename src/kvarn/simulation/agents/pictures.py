@@ -37,7 +37,7 @@ def draw_timelines(run: AgentRun, path: Path, title: str = "") -> None:
         axes.barh(-10, 0, color=color, label=label if label == "tool" else f"model call {label}")
     axes.set(xlabel="seconds", ylim=(bottom, -0.5), xlim=(0, None))
     axes.set_yticks(ticks, [record.id for record in programs], fontsize=7)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(title)
     save(figure, path)
 

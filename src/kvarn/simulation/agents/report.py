@@ -40,15 +40,10 @@ class CallRecord:
     """0 while there is none."""
     end: float = 0.0
     prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Of the prompt, what the server had."""
+    cached_tokens: int | None = None
+    """Of the prompt, what the server had; None where it does not say."""
     output_tokens: int = 0
     preemptions: int = 0
-
-    @property
-    def computed_tokens(self) -> int:
-        """Of the prompt, what it computed when it first ran."""
-        return self.prompt_tokens - self.cached_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +185,7 @@ class AgentRun:
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON. Seconds, tokens, blocks."""
         latencies, abnormal = self.latencies, self.abnormal()
+        cached = [call.cached_tokens for call in self.calls if call.cached_tokens is not None]
         p50, p95 = (float(p) for p in np.percentile(latencies, (50, 95))) if len(latencies) else (0.0, 0.0)
         return {
             "programs": len(self.programs),
@@ -203,7 +199,7 @@ class AgentRun:
             "tool_calls": len(self.tools),
             "tool_seconds": sum(tool.end - tool.start for tool in self.tools),
             "prompt_tokens": sum(call.prompt_tokens for call in self.calls),
-            "cached_tokens": sum(call.cached_tokens for call in self.calls),
+            "cached_tokens": sum(cached) if cached else None,
             "output_tokens": sum(call.output_tokens for call in self.calls),
             "preemptions": sum(call.preemptions for call in self.calls),
             "agent_seconds": self.agent_seconds(),
@@ -225,13 +221,14 @@ def render(run: AgentRun, title: str = "") -> Group:
     summary = run.summary()
     table = Table.grid(padding=(0, 2))
     shown = f"{summary['mean_seconds']:,.2f} mean, {summary['p50_seconds']:,.2f} P50, {summary['p95_seconds']:,.2f} P95"
-    cached = summary["cached_tokens"] / max(1, summary["prompt_tokens"])
+    cached = summary["cached_tokens"]
+    share = "" if cached is None else f", {cached / max(1, summary['prompt_tokens']):.0%} of them cached"
     rows = [
         ("programs", f"{summary['completed']} of {summary['programs']} completed"),
         ("end to end s", shown),
         ("makespan s", f"{summary['makespan']:,.2f}"),
         ("model calls", f"{summary['model_calls']:,}, {summary['output_tokens']:,} output tokens"),
-        ("prompt tokens", f"{summary['prompt_tokens']:,}, {cached:.0%} of them cached"),
+        ("prompt tokens", f"{summary['prompt_tokens']:,}{share}"),
         ("tool calls", f"{summary['tool_calls']:,}, {summary['tool_seconds']:,.1f} s"),
         ("abnormal turns", f"{summary['abnormal_total']} (of model time alone: {summary['abnormal_without_tools']})"),
         *((f"failed: {reason}", str(count)) for reason, count in summary["failures"].items()),
