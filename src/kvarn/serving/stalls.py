@@ -140,6 +140,8 @@ class Stalls:
         match move.verb:
             case "offload" if state in ON_DEVICE:
                 self._offload(stall, now)
+            case "offload" if state is CallState.RESERVING:
+                self._retreat(stall, now)
             case "release" | "discard" if state not in (CallState.RELEASED, CallState.UPLOADING):
                 self._release(stall, now, discard=move.verb == "discard")
             case "reserve" if state in (CallState.OFFLOADED, CallState.RESERVING):

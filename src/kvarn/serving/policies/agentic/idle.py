@@ -66,6 +66,8 @@ class Idle:
             self._missing.clear()
         looked: Load | None = None
         for stall in stalls:
+            if stall.call.state is CallState.RESERVING and stall.call.successor:
+                step.let_go(stall, "retreat")  # its request takes what it needs itself
             if stall.call.state not in ON_DEVICE or (stall.id in self._prospects and not fresh):
                 continue
             prospect = self._prospects[stall.id] = self._prospect(stall, step.snapshot, agents)
