@@ -17,14 +17,17 @@ from kvarn.serving.agents.programs import Program
 from kvarn.serving.api.messages import AgentsReport, AgentStats, EngineStats, NodeReport, ProgramReport
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.tiers import KVPlaces
+from kvarn.serving.policies.agentic.inversions import Metered
 from kvarn.serving.request import Request
 
 _NO_HINTS = AgentHints()
 
 
-def agent_stats(agents: AgentCalls) -> AgentStats:
-    """How agents and their calls stand."""
-    desk, held = agents.desk, agents.held
+def agent_stats(engine: Engine) -> AgentStats | None:
+    """How agents and their calls stand; None where the policy knows none."""
+    if engine.agents is None:
+        return None
+    desk, held = engine.agents.desk, engine.agents.held
     found = desk.counters.found
     return AgentStats(
         programs=len(desk.programs),
@@ -41,6 +44,7 @@ def agent_stats(agents: AgentCalls) -> AgentStats:
         wasted_uploads=held.counters.wasted_uploads,
         forecasts=desk.forecaster.count,
         forecast_error_seconds=desk.forecaster.error_seconds,
+        inversions=engine.policy.counters.inversions if isinstance(engine.policy, Metered) else 0,
     )
 
 

@@ -20,6 +20,7 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.executors.torch_executor import TorchExecutor, allocate_kv
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.policies.agentic.inversions import Metered
 from kvarn.serving.policies.registry import make_policy
 from kvarn.serving.processors import usable_processors
 from kvarn.serving.sampling.grammar import GrammarFactory
@@ -73,9 +74,10 @@ def load_engine(
     )
     cache = KVCache(executor.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
     tiers = build_tiers(config, cache, kv, spec, files.folder)
+    policy = make_policy(config)
     engine = Engine(
         executor,
-        make_policy(config),
+        Metered(policy) if config.knows_agents else policy,
         cache,
         clock or MonotonicClock(),
         token_budget=config.token_budget,

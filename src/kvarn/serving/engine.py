@@ -170,10 +170,16 @@ class Engine:
         return emissions
 
     def settle(self) -> bool:
-        """Without work: end the copies that are done; whether there are any left, so that it should be called again."""
+        """Without work: end the copies that are done; whether there are any left, so that it should be called again.
+
+        Tool calls whose time is over are let go of as well: called now and then, it keeps that promise.
+        """
+        now = self.clock.now()
+        if self.agents is not None:
+            self.agents.tend(now)
         if self.tiers is None:
             return False
-        self._end_copies(self.clock.now())
+        self._end_copies(now)
         return self.tiers.copying
 
     def close(self) -> None:

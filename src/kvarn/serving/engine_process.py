@@ -189,7 +189,7 @@ class EngineProcess:
             accepted_tokens=totals.accepted_tokens,
             loads=totals.loads,
             loading=len(engine.loading),
-            agents=None if engine.agents is None else agent_stats(engine.agents),
+            agents=agent_stats(engine),
             **_tier_stats(engine.tiers),
         )
 

@@ -44,6 +44,11 @@ class AgentMetrics:
         self.forecast_error = Counter(
             "kvarn_agent_forecast_error_seconds", "How far off these forecasts were, added up.", registry=registry
         )
+        self.inversions = Counter(
+            "kvarn_agent_inversions",
+            "Critical requests that waited, or left the device, while minor ones held the blocks they lacked.",
+            registry=registry,
+        )
         self._last = AgentStats()
 
     def note(self, stats: AgentStats) -> None:
@@ -56,7 +61,7 @@ class AgentMetrics:
         self.reserved_blocks.set(stats.reserved_blocks)
         totals = [(self.events.labels(event), event) for event in _EVENTS]
         totals += [(self.uploads.labels(outcome), f"{outcome}_uploads") for outcome in _UPLOADS]
-        totals += [(self.offloads, "offloads"), (self.forecasts, "forecasts")]
+        totals += [(self.offloads, "offloads"), (self.forecasts, "forecasts"), (self.inversions, "inversions")]
         totals += [(self.forecast_error, "forecast_error_seconds")]
         for counter, field in totals:
             counter.inc(max(0, getattr(stats, field) - getattr(last, field)))

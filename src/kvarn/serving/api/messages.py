@@ -143,6 +143,8 @@ class AgentStats(msgspec.Struct, array_like=True):
     """Calls whose duration is known."""
     forecast_error_seconds: float = 0.0
     """Sum of the differences between what they took and what was forecast."""
+    inversions: int = 0
+    """Critical requests that waited for blocks of minor ones."""
 
 
 class EngineStats(msgspec.Struct, array_like=True):
