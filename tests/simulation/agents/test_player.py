@@ -49,6 +49,9 @@ def test_every_policy_does_the_same_work(policy: str, events: Events, played: Ag
     assert run.work() == played.work()
     assert run.summary()["output_tokens"] == sum(node.output_tokens for spec in SPECS for node in spec.model_nodes)
     assert not run.refused
+    if engine.agents is not None:
+        assert not engine.agents.held and not engine.agents.desk.calls, "nothing is held for programs that have ended"
+    assert engine.cache.pool.num_active == 0
 
 
 def test_nodes_begin_when_what_they_wait_for_has_ended(played: AgentRun) -> None:
