@@ -126,6 +126,8 @@ def test_the_envelope_counts_before_headers_and_both_before_the_cache_key() -> N
     assert outcomes(hints) == {
         "kv_hints.agent.program": "accepted", "x-session-id": "ignored", "prompt_cache_key": "ignored"
     }  # fmt: skip
+    same = hints_of(fields | {"prompt_cache_key": "p"}, {"x-session-id": "p"})
+    assert set(outcomes(same).values()) == {"accepted"}
     assert hints_of({"prompt_cache_key": "k"}).agent == AgentHints(program="k")
     assert hints_of({}, {"x-dynamo-session-final": "true", "x-dynamo-session-id": "s"}).retain_seconds == 0
 
@@ -334,6 +336,15 @@ def test_text_begins_no_call(server: Server) -> None:
     assert submitted(server, answer.id)["may_call"] is True and not heard(server, answer.id)
     plain = client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": CALLS}])
     assert submitted(server, plain.id)["may_call"] is False and not heard(server, plain.id)
+
+
+def test_who_wants_nothing_kept_begins_no_call(server: Server) -> None:
+    demote = {"kv_hints": {"actions": [{"verb": "demote"}]}}
+    answer = server.openai().chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": CALLS}], tools=TOOLS, extra_body=demote  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert submitted(server, answer.id)["retain_seconds"] == 0 and not heard(server, answer.id)
 
 
 def test_another_tenants_call_ids_are_unknown(start: Any) -> None:

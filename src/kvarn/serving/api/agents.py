@@ -136,10 +136,10 @@ def _program(program: ProgramReport) -> dict[str, object]:
 
 
 def _node(node: NodeReport) -> dict[str, object]:
-    hints = node.hints
+    hints, answer = node.hints, node.request.removesuffix("-0")
     return {
-        "name": node.name.removesuffix("-0"),
-        "request": node.request.removesuffix("-0"),
+        "name": answer if node.name == node.request else node.name,
+        "request": answer,
         "agent": hints.agent,
         "after": hints.after,
         "join": hints.join,

@@ -199,7 +199,8 @@ class Generation:
     def note_calls(self, tools: list[str]) -> str:
         """The answer, of one sequence, has ended with calls of these tools: its engine request, which is told."""
         id = self.sequences[0].id
-        self._link.mention(CallStart(id, self.ask.tenant, tool=",".join(tools), implicit=True))
+        if self.ask.hints.retain_seconds != 0:  # else the client wants nothing kept
+            self._link.mention(CallStart(id, self.ask.tenant, tool=",".join(tools), implicit=True))
         return id
 
     def abort(self, error: BaseException) -> None:

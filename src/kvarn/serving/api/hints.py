@@ -2,7 +2,7 @@
 
 In come fields of the body (`hint_schemas.HintFields`, already of the right types), headers and the policy's name; out
 comes `Hints`. Nothing here fails: what is too much is clipped, what is unknown or said twice is ignored, and each
-outcome that is not "accepted" has a reason. Where two hints say the same, the envelope `kv_hints` counts, then the
+outcome that is not "accepted" has a reason. Where two hints differ, the envelope `kv_hints` counts, then the
 headers in the order of the tables below, then prompt_cache_key.
 """
 
@@ -136,11 +136,11 @@ class _Reader:
                     self.ignore(f"{where}.{name[:80]}", "unknown here")
 
     def take(self, hint: str, name: str, value: Any, clipped: str = "") -> None:
-        """Keep a fact, unless one before it said the same thing."""
-        if name in self.facts:
-            self.ignore(hint, f"{self._said_by[name]} says it already")
+        """Keep a fact, unless a hint before it says otherwise."""
+        if self.facts.setdefault(name, value) != value:
+            self.ignore(hint, f"{self._said_by[name]} says otherwise")
             return
-        self.facts[name], self._said_by[name] = value, hint
+        self._said_by.setdefault(name, hint)
         if self.unused:
             self.ignore(hint, self.unused)
         else:
@@ -227,8 +227,8 @@ class _Reader:
         nv = (fields.get("nvext") or {}).get("agent_hints") or {}
         hint = "nvext.agent_hints.priority"
         if (theirs := nv.get("priority")) is not None:
-            if priority is not None:
-                self.ignore(hint, "priority says it already")
+            if priority is not None and priority != -theirs:
+                self.ignore(hint, "priority says otherwise")
             else:
                 priority = max(-MOST_PRIORITY, min(-theirs, MOST_PRIORITY))
                 clipped = "" if priority == -theirs else f"it is beyond {MOST_PRIORITY}"
