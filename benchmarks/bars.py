@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import agents_tables
 from benchmarks.machine_tables import limit_share, memory_beyond, neighbour_rates
 from benchmarks.streaming_tables import OURS, ratio_to
 from benchmarks.tables import (
@@ -189,6 +190,19 @@ def _streaming(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
         yield Bar("streaming, throughput", f"{burst}; times {label('kvarn-fcfs', sessions)}", 0.95, raw)
 
 
+def _agents(found: Results) -> Iterator[Bar]:
+    data = found["agents"]
+    sessions, conditions = good(data), data["conditions"]
+    if agents_tables.OURS not in sessions:
+        return
+    programs = f"{conditions['programs']} programs, {conditions['app']}"
+    for other in sessions:
+        if other != agents_tables.OURS:
+            times = agents_tables.ratio_to(sessions, other, "end to end mean s").value
+            condition = f"{programs}; times {label(other, sessions)}"
+            yield Bar("agents, mean end to end", condition, 0.8, times, at_most=True)
+
+
 def _simulator(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
     rows = found["simulator"]["rows"]
     for policy, trace in dict.fromkeys((row["policy"], row["trace"]) for row in rows):
@@ -207,5 +221,6 @@ SOURCES: dict[str, Callable[[Results, Callable[[str], bool]], Iterator[Bar]]] = 
     "overhead": _overhead,
     "neighbours": _neighbours,
     "streaming": _streaming,
+    "agents": _agents,
     "simulator": _simulator,
 }

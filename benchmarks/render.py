@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, machine_tables, reproductions, streaming_tables, tables
+from benchmarks import agents_tables, bars, machine_tables, reproductions, streaming_tables, tables
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -73,6 +73,7 @@ RENDERERS: dict[str, Renderer] = {
     "speculation": lambda data, _: machine_tables.speculation_table(data),
     "linear": lambda data, _: tables.linear_table(data),
     "streaming": lambda data, _: streaming_tables.streaming_table(data),
+    "agents": lambda data, _: agents_tables.agents_table(data),
     "simulator": lambda data, _: streaming_tables.simulator_table(data),
     "reproduction": lambda data, _: reproductions.reproduction_table(data),
     "gpu": lambda data, _: machine_tables.gpu_table(data),

@@ -51,7 +51,7 @@ def streaming_table(data: dict[str, Any]) -> Rendered:
         title: {label(name, sessions): median(map(FIGURES[title], bursts_of(one))) for name, one in sessions.items()}
         for title in shown
     }
-    return [*lines, "", *_footer(data)], medians
+    return [*lines, "", *server_lines(data)], medians
 
 
 def ratio_to(sessions: dict[str, list[dict[str, Any]]], other: str, title: str) -> Estimate:
@@ -85,18 +85,20 @@ def _ratio_lines(sessions: dict[str, list[dict[str, Any]]]) -> Lines:
     rows = []
     for name in sessions:
         if name != OURS:
-            cells = (_interval(ratio_to(sessions, name, title)) for title in RATIOS)
+            cells = (interval(ratio_to(sessions, name, title)) for title in RATIOS)
             rows.append([label(name, sessions), *cells])
     intro = f"{label(OURS, sessions)} over the others, seed by seed: median, and its 95 % interval."
     return [intro, "", *grid(["over", *RATIOS], rows)]
 
 
-def _interval(estimate: Estimate) -> str:
+def interval(estimate: Estimate) -> str:
+    """A median, and its interval where there is one."""
     value, low, high = estimate
     return f"{value:.2f}" if low != low else f"{value:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _footer(data: dict[str, Any]) -> Lines:
+def server_lines(data: dict[str, Any]) -> Lines:
+    """The machine, the model, and how each server was set up."""
     sessions = good(data)
     lines = [
         f"{machine_line(data)} Median (lowest-highest) over the seeds, which say lengths and prompts. Model "
