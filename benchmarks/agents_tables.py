@@ -38,8 +38,8 @@ def agents_table(data: dict[str, Any]) -> Rendered:
     intro = (
         f"Served, OpenAI completions, streaming: {conditions['programs']} programs of {conditions['app']}, "
         f"{conditions['qps']:g} a second (Poisson), lengths of {conditions['dataset']} times "
-        f"{conditions['token_scale']:g}, tools that sleep {conditions['time_scale']:g} times as long as usual, KV cache "
-        f"of {conditions['kv_tokens']:,} tokens. bf16. {_work(sessions)}"
+        f"{conditions['token_scale']:g}, tools that sleep {conditions['time_scale']:g} times as long as usual, KV "
+        f"cache of {conditions['kv_tokens']:,} tokens. bf16. {_work(sessions)}"
     )
     lines = [intro, "", *grid(["server", *FIGURES, "failed", "seeds"], rows)]
     if OURS in sessions:
@@ -74,9 +74,10 @@ def _work(sessions: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _ratio_lines(sessions: dict[str, list[dict[str, Any]]]) -> Lines:
-    rows = []
-    for name in sessions:
-        if name != OURS:
-            rows.append([label(name, sessions), *(interval(ratio_to(sessions, name, title)) for title in RATIOS)])
+    rows = [
+        [label(name, sessions), *(interval(ratio_to(sessions, name, title)) for title in RATIOS)]
+        for name in sessions
+        if name != OURS
+    ]
     intro = f"{label(OURS, sessions)} over the others, seed by seed: median, and its 95 % interval."
     return [intro, "", *grid(["over", *RATIOS], rows)]
