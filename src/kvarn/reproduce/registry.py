@@ -9,6 +9,7 @@ from kvarn.reproduce.experiment import Experiment
 
 EXPERIMENTS: dict[str, str] = {
     "tokenflow": "kvarn.reproduce.tokenflow.experiment",
+    "tokencake": "kvarn.reproduce.tokencake.experiment",
 }
 """Name -> module whose EXPERIMENT it is; imported when asked for."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.simulation.agents.player import play_programs
 from kvarn.simulation.agents.progress import Events
-from kvarn.simulation.agents.report import AgentRun
+from kvarn.simulation.agents.report import AgentRun, BlockSeries
 from kvarn.simulation.agents.tools import parse_law
 from kvarn.simulation.agents.workload import AgentWorkload, draw_programs
 from kvarn.simulation.assemble import simulated_engine
@@ -86,11 +87,21 @@ def test_what_continues_a_conversation_finds_its_kv_where_there_is_room() -> Non
                 assert calls[spec.id, node.name].cached_tokens >= held - held % 16 - 16
 
 
-def test_blocks_add_up_to_the_pool_at_every_step(played: AgentRun) -> None:
+def test_blocks_add_up_to_the_pool_in_every_sample(played: AgentRun) -> None:
     columns = played.blocks.columns()
-    total = sum(columns[name] for name in columns if name != "times")
+    total = sum(columns[name] for name in columns if name not in ("times", "waiting"))
     assert set(total) == {float(make_engine().cache.pool.num_blocks)}
     assert sum(played.blocks.mean_blocks().values()) == pytest.approx(total[0])
+
+
+def test_blocks_are_averaged_over_the_time_in_which_somebody_waits() -> None:
+    series = BlockSeries(interval_seconds=0.5)
+    for now, waiting, active in ((0.0, 0, 1), (0.1, 5, 9), (1.0, 2, 3), (2.0, 1, 5), (4.0, 0, 7)):
+        states = {"active": active}
+        series.note(SimpleNamespace(waiting=range(waiting), block_states=lambda states=states: states), now)
+    assert list(series.columns()["waiting"]) == [0, 2, 1, 0]
+    assert series.mean_blocks()["active"] == pytest.approx((1 * 1 + 1 * 3 + 2 * 5) / 4)
+    assert series.mean_blocks(contended=True)["active"] == pytest.approx((1 * 3 + 2 * 5) / 3)
 
 
 def test_a_program_whose_request_is_refused_fails_and_the_others_go_on() -> None:

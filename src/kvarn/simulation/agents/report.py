@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -85,27 +85,40 @@ class Turn:
     tool_seconds: float
 
 
-class _Blocks(Protocol):
+class _Engine(Protocol):
+    @property
+    def waiting(self) -> Sized: ...
     def block_states(self) -> dict[str, int]: ...
 
 
 @dataclass
 class BlockSeries:
-    """KV blocks by state after every step that computed: parallel columns."""
+    """KV blocks by state, and how many requests wait, after steps that computed: parallel columns.
 
+    At most one sample in `interval_seconds`: counting costs more than a simulated step.
+    """
+
+    interval_seconds: float = 0.1
     times: array[float] = field(default_factory=lambda: array("d"))
     states: dict[str, array[int]] = field(default_factory=dict)
+    waiting: array[int] = field(default_factory=lambda: array("q"))
 
-    def note(self, engine: _Blocks, now: float) -> None:
+    def note(self, engine: _Engine, now: float) -> None:
+        if self.times and now < self.times[-1] + self.interval_seconds:
+            return
         for name, blocks in engine.block_states().items():
             if name not in self.states:
                 self.states[name] = array("q", [0] * len(self.times))
             self.states[name].append(blocks)
+        self.waiting.append(len(engine.waiting))
         self.times.append(now)
 
-    def mean_blocks(self) -> dict[str, float]:
-        """State -> blocks, averaged over time; a step's state lasts until the next."""
+    def mean_blocks(self, *, contended: bool = False) -> dict[str, float]:
+        """State -> blocks, averaged over time, or over the time in which somebody waits; a sample lasts until the
+        next."""
         lasted = np.diff(np.array(self.times))
+        if contended:
+            lasted = lasted * (np.array(self.waiting[:-1]) > 0)
         if not lasted.sum() > 0:
             return dict.fromkeys(self.states, 0.0)
         return {
@@ -113,8 +126,8 @@ class BlockSeries:
         }
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
-        """ "times" and each state -> values, shape (steps,) each."""
-        columns: dict[str, Any] = {"times": self.times} | self.states
+        """ "times", "waiting" and each state -> values, shape (samples,) each."""
+        columns: dict[str, Any] = {"times": self.times, "waiting": self.waiting} | self.states
         return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
 
 
@@ -207,6 +220,7 @@ class AgentRun:
             "abnormal_total": sum(abnormal.values()),
             "abnormal_without_tools": sum(self.abnormal(tools=False).values()),
             "mean_blocks": self.blocks.mean_blocks(),
+            "mean_blocks_contended": self.blocks.mean_blocks(contended=True),
             "refused_events": self.refused,
         }
 
