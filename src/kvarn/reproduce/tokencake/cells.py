@@ -13,6 +13,7 @@ from kvarn.hardware.accelerators import load_accelerator
 from kvarn.hardware.models import load_model_shape
 from kvarn.serving.config import EngineConfig, PolicyName
 from kvarn.serving.engine import Engine
+from kvarn.serving.policies.agentic.inversions import Metered
 from kvarn.simulation.agents.player import play_programs
 from kvarn.simulation.agents.progress import Events
 from kvarn.simulation.agents.report import ABNORMAL, AgentRun
@@ -102,9 +103,14 @@ class Simulated:
 
     def run(self) -> dict[str, Any]:
         engine = self._engine()
+        meter = engine.policy = Metered(engine.policy)
         specs = draw_programs(self.load.workload(self.seed))
         done = play_programs(engine, specs, events=self.system.events, hints=self.system.hints)
         figures = _figures(done, self.device.blocks) | {"work": _digest(done)}
+        figures |= {
+            "preemptions": meter.counters.preemptions, "inversions": meter.counters.inversions,
+            "inverted_preemptions": meter.counters.inverted_preemptions,
+        }  # fmt: skip
         if engine.agents is not None:
             counters = engine.agents.held.counters
             figures["stalls"] = {name: getattr(counters, name) for name in counters.__slots__}
@@ -131,7 +137,7 @@ def _figures(done: AgentRun, blocks: int) -> dict[str, Any]:
     turns: dict[str, list[float]] = {}
     for turn in done.turns():
         turns.setdefault(turn.agent, []).append(round(turn.seconds, 2))
-    names = ("programs", "completed", "mean_seconds", "p50_seconds", "p95_seconds", "makespan", "preemptions",
+    names = ("programs", "completed", "mean_seconds", "p50_seconds", "p95_seconds", "makespan",
              "prompt_tokens", "cached_tokens", "output_tokens")  # fmt: skip
     return {name: summary[name] for name in names} | {
         "shares": {name: held / blocks for name, held in summary["mean_blocks"].items()},

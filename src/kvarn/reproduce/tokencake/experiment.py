@@ -13,7 +13,8 @@ from kvarn.reproduce.tokencake.setups import CONDITIONS, seeds
 def _parts(scope: Scope) -> list[Part]:
     return [
         latency.end_to_end(scope), latency.others(scope), memory.utilisation(scope), memory.idle(scope),
-        memory.slowness(scope), robustness.forecasts(scope), robustness.ablation(scope), robustness.gaps(scope),
+        memory.inversions(scope), memory.slowness(scope), robustness.forecasts(scope), robustness.ablation(scope),
+        robustness.gaps(scope),
     ]  # fmt: skip
 
 

@@ -76,21 +76,44 @@ def idle(scope: Scope) -> Part:
         made = []
         for stretch, each in contests.items():
             for system, name in _NAMES.items():
-                runs = each.runs(results, system)
-                mean, most = (level([100 * share for share in shares]) for shares in (
-                    [run["shares"]["stalled"] for run in runs], [run["most_stalled"] for run in runs]))  # fmt: skip
-                id = f"e4.tools-{stretch:g}x.{name}"
-                bar = "< 2" if system == OURS else ""
-                known = {"resident": (4.75, 18.5)}.get(name, (None, None))
-                note = "the paper: 4.4 to 5.1 at its other labels" if known[0] else ""
-                made.append(
-                    Row(f"{id}.mean", f"of the pool, held for waiting agents, {name}", "%", mean, "simulated", known[0],
-                        bar, note)
-                )  # fmt: skip
-                made.append(Row(f"{id}.most", f"the most of it, {name}", "%", most, "simulated", known[1]))
+                runs, base = each.runs(results, system), system == RESIDENT
+                id, note = f"e4.tools-{stretch:g}x.{name}", "the paper: 4.4 to 5.1 but for a spike" if base else ""
+                for figure, words, known, bar, shares in (
+                    ("contended", "while others wait", None, "< 2" if system == OURS else "",
+                     [run["contended"]["stalled"] for run in runs]),
+                    ("mean", "on average", 4.75 if base else None, "", [run["shares"]["stalled"] for run in runs]),
+                    ("most", "at most", 18.5 if base else None, "", [run["most_stalled"] for run in runs]),
+                ):  # fmt: skip
+                    text = f"of the pool, held for waiting agents {words}, {name}"
+                    share = level([100 * each for each in shares])
+                    made.append(Row(f"{id}.{figure}", text, "%", share, "simulated", known, bar, note))
         return made
 
     return Part("e4", "What agents hold while their tools run", all_cells(contests.values()), rows)
+
+
+def inversions(scope: Scope) -> Part:
+    """E5."""
+    panel = usual(scope)
+    each = contest(panel, panel.load(scope, 1.0), seeds(scope))
+
+    def rows(results: Results) -> list[Row]:
+        made = []
+        bars = (("inversions", "<= 0.2", "critical requests behind minor ones"), ("preemptions", "<= 1", "preemptions"))
+        for figure, bar, words in bars:
+            ours, base = each.values(results, figure, OURS), each.values(results, figure, RESIDENT)
+            note = f"{fmean(ours):.4g} over {fmean(base):.4g}"
+            text = f"{words}, ratio to resident"
+            made.append(Row(f"e5.{figure}", text, "x", ratio(ours, base), "simulated", None, bar, note))
+        for system in (RESIDENT, OURS):
+            runs = each.runs(results, system)
+            share = level([100 * run["inverted_preemptions"] / max(1, run["preemptions"]) for run in runs])
+            known = 26 if system == RESIDENT else None
+            text = f"of preemptions, those of critical requests for minor ones, {_NAMES[system]}"
+            made.append(Row(f"e5.{_NAMES[system]}.share", text, "%", share, "simulated", known))
+        return made
+
+    return Part("e5", "Critical requests that minor ones put off", each.cells, rows)
 
 
 def slowness(scope: Scope) -> Part:
