@@ -87,11 +87,11 @@ def parsed() -> argparse.Namespace:
     made = settings.side_by_side(__doc__, rounds=3, repeats=1, limit=420.0)
     made.add_argument("--app", default="code-writer", help="application (default code-writer)")
     made.add_argument("--dataset", default="d1", help="data set of lengths (default d1)")
-    made.add_argument("--programs", type=int, default=16, help="programs (default 16)")
-    made.add_argument("--qps", type=float, default=0.5, help="programs a second (default 0.5)")
-    made.add_argument("--token-scale", type=float, default=0.2, help="of all lengths (default 0.2)")
+    made.add_argument("--programs", type=int, default=24, help="programs (default 24)")
+    made.add_argument("--qps", type=float, default=1.0, help="programs a second (default 1)")
+    made.add_argument("--token-scale", type=float, default=0.15, help="of all lengths (default 0.15)")
     made.add_argument("--time-scale", type=float, default=0.5, help="of tools' seconds (default 0.5)")
-    made.add_argument("--kv-tokens", type=int, default=6144, help="tokens in the KV cache (default 6144)")
+    made.add_argument("--kv-tokens", type=int, default=4608, help="tokens in the KV cache (default 4608)")
     arguments = settings.parse(made)
     if arguments.quick:
         arguments.programs = 2

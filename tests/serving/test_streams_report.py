@@ -78,7 +78,7 @@ def test_streams_and_their_blocks_add_up_after_every_step(coming, num_blocks, sl
 
 def check(engine: Engine, limit: int) -> None:
     told, now = report(engine), engine.clock.now()
-    tiers, by_id = engine.tiers, engine._requests
+    tiers, by_id = engine.tiers, engine.requests
     assert sorted(stream.id for stream in told.streams) == sorted(by_id)
     queues = {"waiting": engine.waiting, "loading": engine.loading, "running": engine.running}
     for stream in told.streams:

@@ -128,7 +128,7 @@ def _run_through(engine, rng, prompts, failing, disk_failing):
         while engine.tiers.disk is not None and rng.random() < 0.7:
             engine.tiers.disk.io.complete()
         if rng.random() < 0.02 and engine.has_work:
-            cancelled.add(id := rng.choice(list(engine._requests)))
+            cancelled.add(id := rng.choice(list(engine.requests)))
             engine.cancel(id)
     assert not engine.has_work
     for id, text in texts.items():

@@ -28,6 +28,8 @@ from kvarn.serving.sampling.sampler import Sampler
 from kvarn.serving.speculation import Speculator
 
 _SHARE_OF_FREE_MEMORY = 0.25
+_METERED = 64
+"""Waiting requests whose inversions are counted: looking all of them up would take time from steps."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def load_engine(
     policy = make_policy(config)
     engine = Engine(
         executor,
-        Metered(policy) if config.knows_agents else policy,
+        Metered(policy, _METERED) if config.knows_agents else policy,
         cache,
         clock or MonotonicClock(),
         token_budget=config.token_budget,

@@ -15,6 +15,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.serving.batch import Batch
+
 _SHAPE_MEMORY = 0.998
 """What a step counts for in the shape when the next one is noted: about the last 500 matter."""
 _LEVEL_MEMORY = 0.95
@@ -43,6 +45,17 @@ class Costs:
         self._steps = 0
         self._prefills: deque[tuple[int, float]] = deque(maxlen=_PREFILLS)
         self._prefill_each = _PRIOR_PREFILL
+
+    def note_batch(self, batch: Batch, seconds: float) -> None:
+        """A step: what it computed, and how long that took."""
+        rows = context = prompt_tokens = 0
+        for row in batch.rows:
+            if row.count - row.drafts > 1:
+                prompt_tokens += row.count
+            else:
+                rows += 1
+                context += row.request.num_tokens
+        self.note_step(rows, context, prompt_tokens, seconds)
 
     def note_step(self, rows: int, context: int, prefill_tokens: int, seconds: float) -> None:
         """A step: decoding requests, their tokens of context together, prompt tokens computed beside them."""

@@ -28,8 +28,9 @@ from kvarn.serving.fit import require_fit
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.tier_books import TierBooks
 from kvarn.serving.kvcache.tiers import Tiers
-from kvarn.serving.policies.protocol import Policy, Snapshot
+from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.request import FinishReason, Request, RequestState
+from kvarn.serving.snapshots import take_snapshot
 from kvarn.serving.speculation import Speculator
 
 _log = logging.getLogger(__name__)
@@ -90,8 +91,9 @@ class Engine:
         self.waiting: list[Request] = []
         self.loading: list[Request] = []
         self.running: list[Request] = []
-        self._requests: dict[str, Request] = {}
-        self._books = None if tiers is None else TierBooks(tiers, self._requests)
+        self.requests: dict[str, Request] = {}
+        """All that have not ended, by id."""
+        self.tier_books = None if tiers is None else TierBooks(tiers, self.requests)
         self._deadlines: list[tuple[float, str]] = []
         self._ended: list[Emission] = []
         self._rests = False
@@ -99,7 +101,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._ended)
+        return bool(self.requests or self._ended)
 
     def rest_seconds(self) -> float:
         """How long nothing need be done unless somebody comes: when all requests pause, until the policy wakes them."""
@@ -108,10 +110,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take over a request. RequestError, and nothing kept, when it can never be served."""
         require_fit(request, self.max_context, self.vocab_size)
-        if request.id in self._requests:
+        if request.id in self.requests:
             raise RequestError(f"request id {request.id!r} is already running", field="id", status=409)
         self.executor.add(request)
-        self._requests[request.id] = request
+        self.requests[request.id] = request
         insort(self.waiting, request, key=_rank)
         if request.deadline != float("inf"):
             heapq.heappush(self._deadlines, (request.deadline, request.id))
@@ -132,13 +134,13 @@ class Engine:
 
     def cancel(self, id: str) -> None:
         """End a request now; unknown or finished ids are ignored (its last token may have crossed the cancel)."""
-        request = self._requests.get(id)
+        request = self.requests.get(id)
         if request is not None:
             self._finish(request, FinishReason.CANCELLED)
 
     def acknowledge(self, id: str, tokens: int, fastest: float) -> None:
         """The reader of a request has read so many of its tokens (see Reader.acknowledge); unknown ids are ignored."""
-        request = self._requests.get(id)
+        request = self.requests.get(id)
         if request is not None:
             request.reader.acknowledge(tokens, self.clock.now(), fastest)
 
@@ -198,7 +200,7 @@ class Engine:
         assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
         assert all(r.state is RequestState.LOADING for r in self.loading)
         assert all(r.state is RequestState.RUNNING for r in self.running)
-        assert len(self.waiting) + len(holders) == len(self._requests)
+        assert len(self.waiting) + len(holders) == len(self.requests)
 
     # ---- the parts of a step -----------------------------------------------------------------------------
 
@@ -226,28 +228,28 @@ class Engine:
             self.agents.tend(now)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, id = heapq.heappop(self._deadlines)
-            if id in self._requests:
-                self._finish(self._requests[id], FinishReason.DEADLINE)
+            if id in self.requests:
+                self._finish(self.requests[id], FinishReason.DEADLINE)
 
     def _schedule(self, now: float) -> Batch:
         """Ask the policy, then move requests and blocks as it decided."""
-        if not self._requests:
+        if not self.requests:
             return Batch()
-        decision = self.policy.decide(self._snapshot(), now)
+        decision = self.policy.decide(take_snapshot(self), now)
         self.wake_at = decision.wake_at
         if decision.stalls and self.agents is not None:
             self.agents.apply(decision.stalls, now)
         for id in decision.preempt:
-            self._preempt(self._requests[id])
+            self._preempt(self.requests[id])
         if self.tiers is not None:
             if decision.offload:
-                leaving = [self._requests[id] for id in decision.offload]
+                leaving = [self.requests[id] for id in decision.offload]
                 self.tiers.offload(leaving, [each for each in self.running if each not in leaving], now)
                 for request in leaving:
                     self._preempt(request)
             for id in decision.load:
-                self._load(self.tiers, self._requests[id])
-        batch, requests, waiting, size = Batch(), self._requests, RequestState.WAITING, self.cache.block_size
+                self._load(self.tiers, self.requests[id])
+        batch, requests, waiting, size = Batch(), self.requests, RequestState.WAITING, self.cache.block_size
         for id, granted in decision.grants:
             request = requests[id]
             if request.state is waiting:
@@ -290,20 +292,10 @@ class Engine:
                 self._finish(row.request, FinishReason.ERROR, error=f"the forward pass failed: {error}")
             batch.rows.clear()
             return []
-        self._note_costs(batch, self.clock.now() - started)
+        self.costs.note_batch(batch, self.clock.now() - started)
         if self.speculator is not None and batch.decodes:
             self.speculator.cost.note(batch.num_tokens, sum(map(len, sampled)), self.clock.now() - started)
         return sampled
-
-    def _note_costs(self, batch: Batch, seconds: float) -> None:
-        rows = context = prompt_tokens = 0
-        for row in batch.rows:
-            if row.count - row.drafts > 1:
-                prompt_tokens += row.count
-            else:
-                rows += 1
-                context += row.request.num_tokens
-        self.costs.note_step(rows, context, prompt_tokens, seconds)
 
     def _advance(self, batch: Batch, sampled: list[list[SampledToken]]) -> None:
         """Account for what was computed and hand out the sampled tokens."""
@@ -397,7 +389,7 @@ class Engine:
             self.tiers.forget(request)
         request.move_to(RequestState.FINISHED)
         request.finish_reason = reason
-        del self._requests[request.id]
+        del self.requests[request.id]
         self.executor.remove(request)
         if self.speculator is not None:
             self.speculator.forget(request)
@@ -406,32 +398,6 @@ class Engine:
         self._ended.append(emission)
 
     # ---- small parts -------------------------------------------------------------------------------------
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            waiting=self.waiting,
-            running=self.running,
-            available_blocks=self.cache.pool.num_available,
-            block_size=self.cache.block_size,
-            token_budget=self.token_budget,
-            max_running=self.max_running,
-            num_blocks=self.cache.pool.num_blocks,
-            prefix_hit=lambda id: self.cache.lookup(self._requests[id]),
-            reclaimable_blocks=self._reclaimable,
-            shares_prefix=lambda id, other, tokens: self.cache.shares_prefix(
-                self._requests[id], self._requests[other], tokens
-            ),
-            costs=self.costs,
-            loading=self.loading,
-            tiers=self._books,
-            agents=self.agents,
-        )
-
-    def _reclaimable(self, id: str) -> int:
-        request = self._requests.get(id)
-        if request is not None:
-            return self.cache.reclaimable(request)
-        return 0 if self.agents is None else self.agents.reclaimable_blocks(id)
 
     def _waiting_index(self, request: Request) -> int:
         index = bisect_left(self.waiting, _rank(request), key=_rank)

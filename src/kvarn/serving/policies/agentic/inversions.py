@@ -31,10 +31,11 @@ class InversionCounters:
 
 
 class Metered:
-    """A policy, and what it does to critical requests."""
+    """A policy, and what it does to critical requests; of those that wait, the first `most` are looked at."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, most: int = 10_000) -> None:
         self.policy = policy
+        self._most = most
         self.counters = InversionCounters()
         self._denied: set[str] = set()
         self._look_at = float("-inf")
@@ -58,7 +59,7 @@ class Metered:
         let_in = {grant.id for grant in decision.grants} | {*decision.load}
         waiting = {request.id for request in snapshot.waiting if request.id not in let_in}
         self._denied &= waiting
-        for request in snapshot.waiting:
+        for request in snapshot.waiting[: self._most]:
             if request.id in let_in or request.id in self._denied or not _is_critical(request):
                 continue
             hit = snapshot.prefix_hit(request.id)
