@@ -10,13 +10,15 @@ from collections.abc import Iterable, Sequence
 
 from kvarn.serving.agents.desk import Desk
 from kvarn.serving.agents.events import AgentEvent, CallReport
-from kvarn.serving.agents.lifecycle import Call
+from kvarn.serving.agents.lifecycle import Call, CallState
 from kvarn.serving.agents.moves import StallMove
 from kvarn.serving.agents.programs import Program
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.request import Request
 from kvarn.serving.stalls import Stall, Stalls
+
+_AWAY = frozenset({CallState.OFFLOADING, CallState.OFFLOADED, CallState.RESERVING, CallState.UPLOADING})
 
 
 class AgentCalls:
@@ -75,6 +77,11 @@ class AgentCalls:
     def is_empty(self) -> bool:
         """Whether there is neither a call nor a request of a program."""
         return not self.desk.calls and not self.desk.programs.num_live
+
+    @property
+    def is_away(self) -> bool:
+        """Whether any conversation is to be brought back to the device, or on its way."""
+        return any(stall.call.state in _AWAY for stall in self.held)
 
     @property
     def stalls(self) -> Sequence[Stall]:

@@ -174,15 +174,16 @@ class Engine:
     def settle(self) -> bool:
         """Without work: end the copies that are done; whether there are any left, so that it should be called again.
 
-        Tool calls whose time is over are let go of as well: called now and then, it keeps that promise.
+        Conversations whose agents wait for tools come back in time or are let go of: called often, it sees to that.
         """
         now = self.clock.now()
+        self._end_copies(now)
         if self.agents is not None:
             self.agents.tend(now)
-        if self.tiers is None:
-            return False
-        self._end_copies(now)
-        return self.tiers.copying
+            if self.agents.is_away:
+                self.agents.apply(self.policy.decide(take_snapshot(self), now).stalls, now)
+                return True
+        return self.tiers is not None and self.tiers.copying
 
     def close(self) -> None:
         """End what runs beside the engine. What it has not finished is lost; nothing may be asked of it any more."""

@@ -33,6 +33,8 @@ LEFT = "client left"
 """Error of the record of a client that did not wait for its whole answer."""
 _IDLE_SECONDS = 5e-3
 """How far time goes on in a step in which the engine lets everybody wait."""
+_TEND_SECONDS = 0.05
+"""How often an engine without requests is asked what of its KV should move."""
 _STUCK_SECONDS = 600.0
 """After so long without a token a wait is for ever: a bug of the policy."""
 
@@ -175,10 +177,11 @@ def _play(engine: Engine, clock: VirtualClock, clients: Clients, on_step: Callab
         clients.act(before)
         if not engine.has_work:
             if clients.next_event() == float("inf"):
-                while engine.settle() and engine.tiers is not None:
+                while engine.settle() and engine.tiers is not None and engine.tiers.copying:
                     engine.tiers.wait(_IDLE_SECONDS)
                 break
-            clock.advance(clients.next_event() - before)
+            until = min(clients.next_event(), before + _TEND_SECONDS) if engine.settle() else clients.next_event()
+            clock.advance(until - before)
             last_progress = clock.now()
             continue
         emissions = engine.step()
