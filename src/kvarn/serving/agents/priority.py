@@ -12,8 +12,8 @@ Autellix (arXiv 2502.13965) for attained service.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import log, log2
+from typing import NamedTuple
 
 from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.agents.programs import Program
@@ -27,8 +27,7 @@ _IMPORTANCE = 0.1
 _SHORTEST_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What one request says for itself. Times in seconds."""
 
     arrival: float

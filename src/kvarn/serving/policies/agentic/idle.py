@@ -50,7 +50,9 @@ class Idle:
         self._prospects: dict[str, Prospect] = {}
         self._missing: dict[str, int] = {}
         """Blocks that conversations off the device lack there."""
-        self._looked_at = float("-inf")
+        self._near: list[StallView] = []
+        """Those that may have to come back before the next look."""
+        self._looked_at = self._asked_at = float("-inf")
 
     def tend(self, step: Step, agents: AgentView, ranks: Ranks, now: float) -> None:
         """What the rule wants of conversations on the device; some come back. Adds to the step's moves."""
@@ -76,8 +78,11 @@ class Idle:
             if fate != "keep":
                 step.let_go(stall, fate)
 
-    def givers(self, step: Step, agents: AgentView, now: float) -> list[StallView]:
-        """Conversations that may be taken off the device, the first to go in front."""
+    def givers(
+        self, step: Step, agents: AgentView, now: float, head: RequestView | None = None, ranks: Ranks | None = None
+    ) -> list[StallView]:
+        """Conversations that may be taken off the device, the first to go in front; for `head`, who wants their blocks,
+        also those that wait behind it for blocks of their own."""
         found: list[tuple[tuple[float, ...], StallView]] = []
         over = self._tenants_beyond_their_share(step.snapshot, agents.stalls)
         for stall in agents.stalls:
@@ -85,6 +90,8 @@ class Idle:
             if prospect is None or stall.call.state not in ON_DEVICE or stall.id in step.moved:
                 continue
             place = self.rule.gives(prospect, now)
+            if place is None and head is not None and ranks is not None and stall.call.successor:
+                place = _BEHIND if ranks(head) < ranks.of_id(stall.call.successor) else None
             if stall.call.tenant in over:
                 found.append(((float("-inf"),), stall))
             elif place is not None:
@@ -103,10 +110,14 @@ class Idle:
         snapshot = step.snapshot
         if self._settings.upload != "predictive" or snapshot.tiers is None or not self._settings.offload:
             return
-        away = [stall for stall in agents.stalls if stall.call.state in _OFF_DEVICE and not stall.call.successor]
-        near = sorted((stall.call.remaining(now, _EARLY), i) for i, stall in enumerate(away))
-        if not near or near[0][0] > _FAR:
+        if self._asked_at < self._looked_at:
+            self._asked_at = self._looked_at
+            away = [stall for stall in agents.stalls if stall.call.state in _OFF_DEVICE]
+            self._near = [stall for stall in away if stall.call.remaining(now, _EARLY) <= _FAR]
+        away = [stall for stall in self._near if stall.call.state in _OFF_DEVICE and not stall.call.successor]
+        if not away:
             return
+        near = sorted((stall.call.remaining(now, _EARLY), i) for i, stall in enumerate(away))
         back = (CallState.READY, CallState.UPLOADING, CallState.RESERVING)
         held = sum(stall.held_blocks for stall in agents.stalls if stall.call.state in back)
         allowance = int(self._settings.allowance * snapshot.num_blocks) - held
@@ -114,7 +125,7 @@ class Idle:
         step_seconds = snapshot.costs.decode_seconds(max(1, len(snapshot.running)), context)
         for early, i in near:
             stall, free = away[i], step.available - step.promised
-            if early > _FAR or (head is not None and ranks(head) < ranks.of_call(stall.call, agents, now)):
+            if head is not None and ranks(head) < ranks.of_call(stall.call, agents, now):
                 continue
             blocks = self._missing.get(stall.id, -1)
             if blocks < 0:
@@ -169,5 +180,7 @@ class Idle:
 
 _ASKED = 64
 """Waiting requests that a rule is told of."""
+_BEHIND = (-1.0,)
+"""Place of a conversation whose request waits: as if its tool had a second to go."""
 _FAR = 5.0
-"""Seconds: returns that are further off are not looked at."""
+"""Seconds: returns that are further off can wait for the next look at all."""

@@ -16,6 +16,7 @@ Source: TokenCake (arXiv 2510.18586), sections 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.agents.lifecycle import CallState
@@ -35,6 +36,16 @@ _COUNTED = 64
 """Waiting requests whose blocks count as wanted."""
 
 
+class _Blocked(NamedTuple):
+    """Who found too few blocks, how many it needs, and until when it need not be asked again."""
+
+    head: RequestView | None = None
+    need: int = 0
+    situation: tuple[int, int, int] = (0, 0, 0)
+    """Requests that wait, stalled conversations, and the ranks' version."""
+    until: float = float("-inf")
+
+
 class Agentic:
     """See the module; one for each engine."""
 
@@ -46,8 +57,7 @@ class Agentic:
         self.reservations: Reservations | None = None
         self._roles: tuple[float, dict[str, int], dict[str, int]] = (float("-inf"), {}, {})
         """When blocks were last counted by role; those used, and those waited for."""
-        self._blocked = ("", 0, float("-inf"))
-        """Who found too few blocks, how many it needs, and until when it need not be asked again."""
+        self._blocked = _Blocked()
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         agents = snapshot.agents
@@ -77,9 +87,9 @@ class Agentic:
         snapshot = step.snapshot
         if not snapshot.waiting:
             return None
+        if self._is_blocked(step, now):
+            return self._blocked.head
         queue = self._queue(snapshot, now)
-        if self._is_blocked(step, queue[0], now):
-            return queue[0]
         growth = sum([self._growth(snapshot, request) for request in snapshot.running])
         roles = self._plan_reserves(snapshot, queue, now)
         in_vain = 0
@@ -96,7 +106,8 @@ class Agentic:
             if not self._make_room(step, agents, request, need, running, now):
                 alone = step.num_running == 0 and self._clear(step, agents, offer)
                 if not alone:
-                    self._blocked = (request.id, need, now + self.settings.tick)
+                    situation = (len(snapshot.waiting), len(agents.stalls), self.ranks.version)
+                    self._blocked = _Blocked(request, need, situation, now + self.settings.tick)
                     return request
             growth += self._growth(snapshot, request)
             if self.reservations is not None and roles is not None:
@@ -104,10 +115,13 @@ class Agentic:
             step.take(offer)
         return None
 
-    def _is_blocked(self, step: Step, head: RequestView, now: float) -> bool:
-        """Whether the head of the queue was found not to fit a moment ago, and no more blocks have come free since."""
-        id, need, until = self._blocked
-        return head.id == id and now < until and step.available - step.promised < need and step.num_running > 0
+    def _is_blocked(self, step: Step, now: float) -> bool:
+        """Whether who found no blocks a moment ago would find none now: nobody came, and too few have come free."""
+        snapshot, blocked = step.snapshot, self._blocked
+        assert snapshot.agents is not None
+        situation = (len(snapshot.waiting), len(snapshot.agents.stalls), self.ranks.version)
+        spare = step.available - step.promised
+        return situation == blocked.situation and now < blocked.until and spare < blocked.need and step.num_running > 0
 
     def _queue(self, snapshot: Snapshot, now: float) -> list[RequestView]:
         """Who waits, in the order of ranks; readers who were set aside come when they have little left to read."""
@@ -133,7 +147,7 @@ class Agentic:
             return False  # they are on their way
         call = agents.call_of(request.id)
         own = "" if call is None else call.id
-        stalls = [stall for stall in self.idle.givers(step, agents, now) if stall.id != own]
+        stalls = [stall for stall in self.idle.givers(step, agents, now, request, self.ranks) if stall.id != own]
         victims = self._victims(step, request, running, now)
         could = sum(step.snapshot.reclaimable_blocks(stall.id) for stall in stalls)
         could += sum(step.snapshot.reclaimable_blocks(victim.id) for victim in victims)

@@ -11,6 +11,9 @@ from kvarn.serving.agents.priority import NO_HINTS, ORDERS, Claim, Key, ranked
 from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.protocol import AgentView, RequestView, Snapshot
 
+_TICKS = 4
+"""Looks at stalled conversations for one at all ranks: these change slowly against one another."""
+
 
 class Ranks:
     """Keys by request id, lower goes first; and what answers are expected to need."""
@@ -22,23 +25,31 @@ class Ranks:
         self._keys: dict[str, Key] = {}
         self._running: dict[str, RequestView] = {}
         self._made_at = float("-inf")
+        self.version = 0
+        """Another one, other ranks."""
 
     def refresh(self, snapshot: Snapshot, agents: AgentView, now: float) -> None:
         """Bring ranks up to date: of all when it is time, else of newcomers."""
         self._learn(snapshot)
         requests: Iterable[RequestView] = (*snapshot.waiting, *snapshot.running, *snapshot.loading)
-        if now < self._made_at + self._tick:
+        if now < self._made_at + _TICKS * self._tick:
             requests = [request for request in requests if request.id not in self._keys]
             if not requests:
                 return
+            self.version += 1
             self._keys.update(self._rank(requests, snapshot, agents, now))
             return
         self._made_at = now
+        self.version += 1
         self._keys = self._rank(list(requests), snapshot, agents, now)
 
     def __call__(self, request: RequestView) -> Key:
         """The rank of a request that has not ended."""
         return self._keys[request.id]
+
+    def of_id(self, id: str) -> Key:
+        """The rank of a request by its id; before everybody where there is none."""
+        return self._keys.get(id, ())
 
     def of_call(self, call: Call, agents: AgentView, now: float) -> Key:
         """The rank that the request will have which goes on from a call."""
