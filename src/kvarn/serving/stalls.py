@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvarn.serving.agents.lifecycle import ON_DEVICE, Call, CallState
 from kvarn.serving.agents.moves import StallMove
 from kvarn.serving.kvcache.cache import KVCache
@@ -26,6 +28,10 @@ class Stall:
     request: Request
     reserved: list[int]
     """Device blocks held for its return, without content."""
+    least_tokens: int
+    """Tokens that a request goes on from it with at least: the question and the first token of its answer."""
+    end: bytes = b""
+    """Hash of its last full block; empty where none is shared."""
 
     @property
     def id(self) -> str:
@@ -63,8 +69,8 @@ class Stalls:
         self.counters = StallCounters()
         self._stalls: dict[str, Stall] = {}
         self._of_stand_in: dict[str, Stall] = {}
-        self._by_end: dict[bytes, str] = {}
-        """The hash of a conversation's last full block -> its call."""
+        self._by_end: dict[bytes, list[str]] = {}
+        """The hash of conversations' last full block -> their calls."""
 
     def __iter__(self) -> Iterator[Stall]:
         return iter(self._stalls.values())
@@ -84,11 +90,12 @@ class Stalls:
         stand_in.block_hashes = list(ended.block_hashes)
         stand_in.preemptions = 1  # its look-ups are nobody's prefix hits
         self.cache.admit(stand_in)
-        stall = self._stalls[call.id] = Stall(call, stand_in, [])
+        stall = self._stalls[call.id] = Stall(call, stand_in, [], min(ended.prompt_length + 1, ended.num_tokens))
         self._of_stand_in[stand_in.id] = stall
         full = stand_in.num_tokens // self.cache.block_size
         if full and self.cache.share_prefixes:
-            self._by_end[self.cache.hashes(stand_in, full)[full - 1]] = call.id
+            stall.end = self.cache.hashes(stand_in, full)[full - 1]
+            self._by_end.setdefault(stall.end, []).append(call.id)
         if self.tiers is not None and self.tiers.rules.write_ahead != "off":
             self.tiers.mirror(stand_in, stand_in.num_tokens)
 
@@ -98,17 +105,27 @@ class Stalls:
         if stall is None:
             return
         del self._of_stand_in[stall.request.id]
-        self._by_end = {key: id for key, id in self._by_end.items() if id != call.id}
+        if stall.end:
+            self._by_end[stall.end].remove(call.id)
+            if not self._by_end[stall.end]:
+                del self._by_end[stall.end]
         self._let_go(stall)
         if self.tiers is not None:
             self.tiers.forget(stall.request)
 
     def prefix_of(self, request: Request) -> str:
-        """The call whose conversation a new request begins with, found by content; empty for none."""
+        """The call whose conversation a new request begins with, found by content; empty for none.
+
+        Its full blocks must be the same, and of its answer at least the first token: others ask the same question.
+        """
         if not self._by_end:
             return ""
         hashes = self.cache.hashes(request, request.num_tokens // self.cache.block_size)
-        return next((self._by_end[key] for key in reversed(hashes) if key in self._by_end), "")
+        for key in reversed(hashes):
+            alike = [id for id in self._by_end.get(key, ()) if self._begins_alike(request, self._stalls[id])]
+            if alike:  # of equal ones, one that nobody goes on from yet
+                return min(alike, key=lambda id: bool(self._stalls[id].call.successor))
+        return ""
 
     def owns(self, request: Request) -> bool:
         """Whether a request is a stand-in."""
@@ -174,6 +191,10 @@ class Stalls:
             else:
                 stalled += self.cache.reclaimable(stall.request)
         return {"stalled": stalled, "loading": loading, "reserved": reserved}
+
+    def _begins_alike(self, request: Request, stall: Stall) -> bool:
+        count = stall.least_tokens
+        return count <= request.num_tokens and np.array_equal(request.tokens[:count], stall.request.tokens[:count])
 
     # ---- moves -------------------------------------------------------------------------------------------
 

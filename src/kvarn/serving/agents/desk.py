@@ -96,6 +96,8 @@ class Desk(Generic[T]):
         self._tombs: OrderedDict[str, tuple[float, Call]] = OrderedDict()
         self._successors: dict[str, str] = {}
         """Waiting request -> the call that it goes on from."""
+        self._closed: OrderedDict[tuple[str, str], float] = OrderedDict()
+        """Tenants and programs of theirs that were closed, and when."""
 
     # ---- requests ----------------------------------------------------------------------------------------
 
@@ -184,9 +186,11 @@ class Desk(Generic[T]):
             self._turns.popitem(last=False)
         while self._tombs and next(iter(self._tombs.values()))[0] < now - _TOMBSTONE:
             self._tombs.popitem(last=False)
+        while self._closed and next(iter(self._closed.values())) < now - _TOMBSTONE:
+            self._closed.popitem(last=False)
         over = [call for call in self.calls.values() if call.deadline <= now and not call.successor]
         for call in over:
-            self.counters.expired += not call.finished
+            self.counters.expired += not (call.finished or call.retained)
             self._bury(call, now)
         return over
 
@@ -195,7 +199,7 @@ class Desk(Generic[T]):
         return CallReport(
             request=call.id,
             state=call.state.value,
-            expected_seconds=call.forecast.shift + call.forecast.seconds,
+            expected_seconds=call.first_forecast.seconds,
             remaining_seconds=call.remaining(now),
             deadline_seconds=max(0.0, call.deadline - now),
         )
@@ -230,6 +234,7 @@ class Desk(Generic[T]):
                 return  # the first one, late
             raise _conflict("the call is over: its tool has answered", "request")
         known = call.explicit
+        self.counters.started += call.retained
         call.explicit, call.retained = True, False
         if not known:
             call.tool = event.tool or call.tool
@@ -258,14 +263,13 @@ class Desk(Generic[T]):
         return self._keep(call)
 
     def _keep(self, call: Call) -> Call:
-        """Among the calls; where one tenant has too many, his oldest is next to be let go."""
+        """Among the calls; where one tenant has too many, or all have, the oldest are next to be let go."""
         self._turns.pop(call.id, None)
-        mine = [other for other in self.calls.values() if other.tenant == call.tenant]
-        if len(mine) >= _TENANT_CALLS:
-            mine[0].deadline = call.started
-        if len(self.calls) >= _MOST_CALLS:
-            next(iter(self.calls.values())).deadline = call.started
         self.calls[call.id] = call
+        everybody = list(self.calls.values())
+        mine = [other for other in everybody if other.tenant == call.tenant]
+        for other in (*mine[: max(0, len(mine) - _TENANT_CALLS)], *everybody[: max(0, len(everybody) - _MOST_CALLS)]):
+            other.deadline = min(other.deadline, call.started)
         return call
 
     def _predict(self, call: Call, event: CallStart, elapsed: float) -> None:
@@ -278,7 +282,7 @@ class Desk(Generic[T]):
             known = self._stage_seconds(call, event.stages)
             if known is not None and estimate < 0:
                 forecast = of_rest(known, 0.0, forecast)
-        call.forecast = forecast
+        call.forecast = call.first_forecast = forecast
         longest = _DEADLINE_FORECASTS * forecast.seconds
         call.deadline = call.started + min(_LONGEST_DEADLINE, max(_SHORTEST_DEADLINE, longest))
 
@@ -311,8 +315,8 @@ class Desk(Generic[T]):
         reached = stages.index(stage)
         if reached <= current:
             return  # told before
-        forecast = self.forecaster.forecast(call.tenant, "", f"{call.tool}/{stages[current]}")
-        self.forecaster.learn(call.tenant, "", f"{call.tool}/{stages[current]}", forecast, now - since)
+        if reached == current + 1:  # else it took several together
+            self._learn_stage(call, stages[current], now - since)
         self._stages[call.id] = (stages, reached, now)
         rest = self._stage_seconds(call, stages[reached:])
         if rest is None:  # as if all stages were equally long
@@ -320,17 +324,23 @@ class Desk(Generic[T]):
             rest = max(call.remaining(now), elapsed * (len(stages) - reached) / max(reached, 1))
         call.forecast = of_rest(rest, now - call.started, call.forecast)
 
+    def _learn_stage(self, call: Call, stage: str, seconds: float) -> None:
+        name = f"{call.tool}/{stage}"
+        self.forecaster.learn(call.tenant, "", name, self.forecaster.forecast(call.tenant, "", name), seconds)
+
     def _finish(self, call: Call, now: float, seconds: float) -> None:
         """The tool has answered; again is nothing new."""
         if call.finished:
             return
         call.finished_at = now
         call.deadline = now + _FORGOTTEN
-        self.counters.finished += 1
         if not call.retained:
+            self.counters.finished += 1
             took = seconds if seconds >= 0 else now - call.started
-            self.forecaster.learn(call.tenant, call.agent.agent, call.tool, call.forecast, took)
-        self._stages.pop(call.id, None)
+            self.forecaster.learn(call.tenant, call.agent.agent, call.tool, call.first_forecast, took)
+        stages, current, since = self._stages.pop(call.id, ((), 0, now))
+        if stages and current == len(stages) - 1:
+            self._learn_stage(call, stages[current], now - since)
 
     def _close(self, event: Close, now: float) -> tuple[CallReport, None, list[Call]]:
         if not event.request and not event.program:
@@ -339,15 +349,20 @@ class Desk(Generic[T]):
             call
             for call in self.calls.values()
             if call.tenant == event.tenant
-            and (call.id == event.request or (event.program and call.agent.program == event.program))
+            and (call.id == event.request or (event.program and self._program(call) == event.program))
         ]
         turn, tomb = self.turn(event.request), self._tomb(event.request)
         known = event.tenant in [each.tenant for each in (turn, tomb) if each is not None]
-        known |= self._running.get(event.request) == event.tenant
-        if event.program:
-            known |= self.programs.close(event.tenant, event.program)
+        if self._running.get(event.request) == event.tenant:
+            known = True
+            self._early.pop(event.request, None)
+        program = (event.tenant, event.program)
+        known |= self.programs.close(*program) or program in self._closed
         if not over and not known:
             raise _unknown(event.request or event.program)
+        if event.program:
+            self._closed[program] = now
+            self._closed.move_to_end(program)
         for call in over:
             self._bury(call, now)
         self._turns.pop(event.request, None)
@@ -361,6 +376,11 @@ class Desk(Generic[T]):
         if self._running.get(id) == tenant or (turn is not None and turn.tenant == tenant):
             raise _conflict("no tool call of this request has begun; send call_start first", "request")
         raise _unknown(id)
+
+    def _program(self, call: Call) -> str:
+        """The name of the program that a call is part of, whether its own hints say it or those before it."""
+        program = self.programs.of(call.id)
+        return call.agent.program if program is None else program.id
 
     def _tomb(self, id: str) -> Call | None:
         found = self._tombs.get(id)

@@ -72,10 +72,13 @@ class Call:
     tool: str
     started: float
     forecast: Forecast
+    """Of how it goes on, as far as is known by now."""
     deadline: float
     """When it is given up."""
     num_tokens: int = 0
     """Of the conversation so far."""
+    first_forecast: Forecast = field(init=False)
+    """What was said when it began: the one that is judged by how long it took."""
     explicit: bool = False
     """Whether the client has said that it began."""
     retained: bool = False
@@ -89,6 +92,9 @@ class Call:
     """The request that goes on from it, while that waits."""
     looked_at: float = field(default=float("-inf"))
     """When a policy last decided to leave it where it is."""
+
+    def __post_init__(self) -> None:
+        self.first_forecast = self.forecast
 
     @property
     def finished(self) -> bool:

@@ -70,7 +70,7 @@ class Programs:
         self._of_request: OrderedDict[str, Program] = OrderedDict()
         self._began: OrderedDict[str, float] = OrderedDict()
         """Requests, and when the conversations did that they go on with."""
-        self.num_live = 0
+        self._live: set[str] = set()
         """Requests of programs that have not ended."""
 
     def __iter__(self) -> Iterator[Program]:
@@ -78,6 +78,11 @@ class Programs:
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    @property
+    def num_live(self) -> int:
+        """Requests of programs that have not ended."""
+        return len(self._live)
 
     def of(self, request_id: str) -> Program | None:
         """The program of a request, ended ones included as long as they are remembered."""
@@ -103,7 +108,7 @@ class Programs:
         elif program is None:
             program = self._named(request.tenant, request.id, now)
         program.live.add(request.id)
-        self.num_live += 1
+        self._live.add(request.id)
         program.last_seen = now
         self._of_request[request.id] = program
         while len(self._of_request) > 16 * _MOST_PROGRAMS:
@@ -127,12 +132,11 @@ class Programs:
         return program
 
     def note_ended(self, request: Turn, now: float) -> None:
+        self._live.discard(request.id)
         program = self._of_request.get(request.id)
         if program is None:
             return
-        if request.id in program.live:
-            program.live.discard(request.id)
-            self.num_live -= 1
+        program.live.discard(request.id)
         program.last_seen = now
         for node in program.nodes.values():
             if node.request == request.id:
