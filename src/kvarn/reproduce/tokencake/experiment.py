@@ -6,15 +6,16 @@ from typing import Any
 
 from kvarn.reproduce.contract import Scope
 from kvarn.reproduce.experiment import Experiment, Part
-from kvarn.reproduce.tokencake import latency, memory, robustness
+from kvarn.reproduce.tokencake import latency, mechanisms, memory, robustness
 from kvarn.reproduce.tokencake.setups import CONDITIONS, seeds
 
 
 def _parts(scope: Scope) -> list[Part]:
     return [
         latency.end_to_end(scope), latency.others(scope), memory.utilisation(scope), memory.idle(scope),
-        memory.inversions(scope), memory.slowness(scope), robustness.forecasts(scope), robustness.ablation(scope),
-        robustness.gaps(scope),
+        memory.inversions(scope), memory.slowness(scope), mechanisms.transfers(scope), mechanisms.places(scope),
+        robustness.forecasts(scope), robustness.ablation(scope), robustness.gaps(scope), mechanisms.deadlock(scope),
+        mechanisms.overhead(scope), mechanisms.real_model(scope),
     ]  # fmt: skip
 
 
