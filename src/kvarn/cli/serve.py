@@ -58,7 +58,7 @@ def serve(
     device: Device = _ENGINE.device,
     policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = _ENGINE.policy,
     policy_option: Annotated[
-        list[str] | None, _engine(help="Setting of the policy streaming, like tick=0.5; may be repeated.")
+        list[str] | None, _engine(help="Setting of streaming or agentic, like tick=0.5; may be repeated.")
     ] = None,
     threads: Annotated[int, _engine(help="Compute threads; 0: all processors allowed to us.")] = _ENGINE.threads,
     kv_memory: CacheMemory = "0",

@@ -56,7 +56,7 @@ def simulate(
     host_memory: Annotated[str, _device(help="KV that the pool has no room for; auto: by policy.")] = "auto",
     policy: Annotated[PolicyName, _engine(help="Scheduling policy.")] = "fcfs",
     policy_option: Annotated[
-        list[str] | None, _engine(help="Setting of the policy streaming, like tick=0.5; may be repeated.")
+        list[str] | None, _engine(help="Setting of streaming or agentic, like tick=0.5; may be repeated.")
     ] = None,
     max_running: Annotated[int | None, _engine(min=1, help="Requests in one batch.")] = None,
     token_budget: Annotated[int | None, _engine(min=1, help="Tokens computed in one step.")] = None,

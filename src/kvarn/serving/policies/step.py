@@ -157,6 +157,14 @@ class Step:
         if dirty:
             self._coming = self.coming + min(freed, dirty)
 
+    def withdraw(self, request: RequestView) -> None:
+        """Take back what a decoding request was granted, so that it may give way."""
+        if request.id in self.served:
+            self.served.remove(request.id)
+            self.grants = [grant for grant in self.grants if grant.id != request.id]
+            self.budget += 1
+            self.available += request.num_tokens > request.num_blocks * self.snapshot.block_size
+
     def let_go(self, stall: StallView, verb: Verb) -> None:
         """Take a stalled conversation off the device: "offload" copies first what the host lacks."""
         assert self.snapshot.agents is not None

@@ -161,6 +161,7 @@ class Agentic:
         for victim in victims:
             if need <= step.available - step.promised + step.coming:
                 break
+            step.withdraw(victim)
             step.evict(victim)
         return need <= step.available - step.promised
 
@@ -183,7 +184,7 @@ class Agentic:
         settled = [
             other
             for other in running
-            if other.num_uncomputed <= 1 and other.moved_at <= now - settings.residence and other.id not in step.served
+            if other.num_uncomputed <= 1 and other.moved_at <= now - settings.residence and other.id not in step.evicted
         ]
         if settings.readers and snapshot.tiers is not None:
             reading = [other for other in settled if self._is_read(snapshot, other)]

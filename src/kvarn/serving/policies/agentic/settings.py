@@ -43,13 +43,14 @@ class AgenticSettings:
     """Share of the roles that are critical."""
     growth: float = 0.5
     """Share of an answer's expected blocks that must be free beside its prompt's when it is admitted."""
-    preempt: bool = True
-    """Whether a critical request takes the place of one that goes behind it."""
+    preempt: bool = False
+    """Whether a critical request takes the place of one that goes behind it: fewer wait for minor ones, at the price of
+    more moves; programs end no sooner for it."""
     residence: float = 2.0
     """Seconds that nobody is taken off the device for another's sake after he was admitted."""
     readers: bool = True
     """Whether requests of people who read are paced by what they have before them; see the streaming policy."""
-    slack: float = 4.0
+    slack: float = 10.0
     """Seconds of text before him with which a reader makes room for an agent."""
     ttl: float = 5.0
     """For how long the rule "ttl" keeps KV."""
