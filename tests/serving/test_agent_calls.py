@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,6 +17,7 @@ from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.copies import CopyRules, Direction
 from kvarn.serving.policies.agentic.policy import Agentic
 from kvarn.serving.policies.agentic.settings import SETS, AgenticSettings
+from kvarn.serving.policies.registry import POLICIES
 from kvarn.serving.request import Request
 
 from .paged_text import continuation, make_engine, make_request
@@ -223,3 +225,160 @@ class TinyAgents(RuleBasedStateMachine):
 
 TestTinyAgents = TinyAgents.TestCase
 TestTinyAgents.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_two_that_each_have_half_on_the_host_do_not_lock_each_other_out(policy_name):
+    """The reload deadlock: 20 blocks of 16 tokens; of 256 and of 160 tokens, 128 each are on the host only."""
+    engine = make_engine(num_blocks=20, block_size=16, host_slots=64, token_budget=64, step=0.05)
+    tiers = engine.tiers
+    tiers.copier.job_seconds = 1e-3
+    texts = {"a": prompt(256, 0), "b": prompt(160, 1)}
+    for id, tokens in texts.items():
+        engine.add(make_request(f"before {id}", tokens[:129], 1))
+        finish(engine)
+    engine.add(make_request("fills the device", prompt(319, 2), 1))
+    finish(engine)
+    while engine.settle():
+        tiers.wait(0.0)
+    engine.policy = POLICIES[policy_name](64)
+    if policy_name == "agentic":
+        engine.agents = AgentCalls(engine.cache, tiers)
+    now, before = engine.clock.now(), engine.executor.computed_tokens
+    requests = [make_request(id, tokens, 8, arrival=now, agent=AgentHints(agent=id)) for id, tokens in texts.items()]
+    for request in requests:
+        engine.add(request)
+        assert engine.cache.lookup(request).tokens == 0 and tiers.loadable_tokens(request) == 128
+    made = finish(engine)
+    assert made == {id: continuation(tokens, 8) for id, tokens in texts.items()}
+    loads = policy_name != "qoe-recompute"
+    assert engine.counters.loads == 2 * loads
+    assert (engine.executor.computed_tokens - before < 256 + 160) is loads
+
+
+def conversation(engine: Engine, id: str, family: int, length: int = 24, count: int = 5, **fields: object) -> list[int]:
+    """A turn that ends with a tool call of 100 s: its tokens."""
+    tokens = prompt(length, family)
+    request = make_request(id, tokens, count, arrival=engine.clock.now(), may_call=True, **fields)
+    engine.add(request)
+    engine.agent_event(CallStart(id, request.tenant, "tests", 100.0))
+    return tokens + finish(engine)[id]
+
+
+def test_what_is_held_is_found_though_others_fill_the_device():
+    engine = agent_engine(num_blocks=20, host_slots=40)
+    said = conversation(engine, "r", 0)
+    report = engine.agent_event(CallStart("r", "", "tests"))
+    assert (report.state, report.held_blocks) == ("kept", 7)
+    engine.add(make_request("other", prompt(60, 1), 4, arrival=engine.clock.now()))
+    finish(engine)
+    assert engine.agent_event(CallStart("r", "", "tests")).state == "offloaded"
+    assert engine.agents.held.counters.offloads == 1
+    engine.add(make_request("next", said + prompt(4, 2), 4, arrival=engine.clock.now(), continues="r"))
+    assert finish(engine)["next"] == continuation(said + prompt(4, 2), 4)
+    assert engine.counters.loads == 1 and engine.agents.desk.counters.continued == 1
+    let_time_end(engine)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_without_room_on_the_host_what_is_held_gives_way(slots):
+    engine = agent_engine(num_blocks=20, host_slots=slots)
+    said = conversation(engine, "r", 0)
+    engine.add(make_request("other", prompt(70, 1), 4, arrival=engine.clock.now()))
+    assert finish(engine)["other"] == continuation(prompt(70, 1), 4)
+    engine.add(make_request("next", said + prompt(4, 2), 4, arrival=engine.clock.now(), continues="r"))
+    assert finish(engine)["next"] == continuation(said + prompt(4, 2), 4)
+    let_time_end(engine)
+
+
+def test_a_tool_that_never_returns_is_let_go_at_its_deadline():
+    engine = agent_engine(num_blocks=20, host_slots=40)
+    conversation(engine, "r", 0)
+    while engine.settle():
+        engine.tiers.wait(0.0)
+    engine.clock.advance(399.0)
+    engine.settle()
+    assert engine.cache.pool.num_active == 7
+    engine.clock.advance(2.0)
+    engine.settle()
+    assert engine.cache.pool.num_active == 0 and engine.agents.desk.counters.expired == 1
+    assert engine.agent_event(CallFinish("r")).state == "dead"
+    let_time_end(engine)
+
+
+def test_an_edited_history_is_computed_again_and_ends_the_call():
+    engine = agent_engine(num_blocks=40, host_slots=40)
+    said = conversation(engine, "r", 0)
+    edited = [*said[:6], 998, *said[7:], *prompt(5, 3)]
+    engine.add(make_request("next", edited, 4, arrival=engine.clock.now(), continues="r"))
+    request = engine.waiting[0]
+    assert finish(engine)["next"] == continuation(edited, 4)
+    assert request.cached_tokens == 4  # up to the edit
+    assert not engine.agents.desk.calls
+    let_time_end(engine)
+
+
+def test_the_same_question_does_not_end_the_call_of_who_asked_it_before():
+    """Only who also begins with the answer goes on from it."""
+    engine = agent_engine(num_blocks=40)
+    said = conversation(engine, "r", 0, length=25, count=2)  # the answer does not reach into a full block
+    engine.add(make_request("again", prompt(25, 0), 2, arrival=engine.clock.now()))
+    finish(engine)
+    assert list(engine.agents.desk.calls) == ["r"] and not engine.agents.desk.calls["r"].finished
+    engine.add(make_request("next", said + prompt(4, 2), 2, arrival=engine.clock.now()))
+    finish(engine)
+    assert not engine.agents.desk.calls and engine.agents.desk.counters.continued == 1
+    let_time_end(engine)
+
+
+def test_equal_conversations_are_gone_on_from_one_by_one():
+    engine = agent_engine(num_blocks=60)
+    said = conversation(engine, "r", 0)
+    assert conversation(engine, "s", 0) == said
+    for i in range(2):
+        engine.add(make_request(f"next {i}", said + prompt(4 + i, 2 + i), 2, arrival=engine.clock.now()))
+    finish(engine)
+    assert engine.agents.desk.counters.continued == 2
+    let_time_end(engine)
+
+
+GREEDY = AgentHints("mine", importance=10, critical=True, remaining_seconds=0.0, depth=9, fan_out=9)
+
+
+@pytest.mark.parametrize("like", ["agentic", "resident", "prefix-lru"])
+def test_one_tenant_that_claims_everything_does_not_keep_others_out(like):
+    """A hundred calls that never end, and a full queue of most urgent requests at all times: another's runs before long."""
+    engine = agent_engine(SETS[like], num_blocks=40, host_slots=20)
+    for i in range(100):
+        turn = make_request(f"held {i}", prompt(9, i % 3), 1, tenant="greedy", may_call=True)
+        engine.agents.desk.note_added(turn, 0.0)
+        engine.agents.ended(turn, 0.0, goes_on=True)
+        engine.agent_event(CallStart(turn.id, "greedy", "tests", 1e6))
+    engine.agents.tend(1.0)
+    number = 0
+
+    def crowd() -> None:
+        nonlocal number
+        while len(engine.waiting) < 8:
+            number += 1
+            engine.add(
+                make_request(
+                    f"g{number}", prompt(20, number % 7), 8, arrival=engine.clock.now(), tenant="greedy",
+                    priority=-(2**31) if like == "agentic" else 0, agent=GREEDY,
+                )
+            )  # fmt: skip
+
+    crowd()
+    for _ in range(20):
+        step(engine)
+        crowd()
+    modest = make_request("modest", prompt(20, 8), 8, arrival=engine.clock.now(), tenant="modest", agent=AgentHints())
+    engine.add(modest)
+    engine._check = False
+    for _ in range(2000):
+        made = step(engine)
+        crowd()
+        engine.clock.advance(0.5)
+        if "modest" in made and modest.finish_reason is not None:
+            break
+    assert modest.finish_reason is not None, "starved"

@@ -25,6 +25,8 @@ _MOST_PRIORITY = 30
 _IMPORTANCE = 0.1
 """Share by which a point of importance above its tenant's mean speeds a program's age up."""
 _SHORTEST_SECONDS = 1.0
+_MOST_RATIO = 1000.0
+"""From here on first come, first served: a program of long ago that says it is nearly over would always go first."""
 
 
 class Claim(NamedTuple):
@@ -88,7 +90,10 @@ def response_ratio(claim: Claim, now: float) -> Key:
     left = max(_SHORTEST_SECONDS, left)
     age = (now - began) * (1.0 + _IMPORTANCE * claim.importance)
     age -= _PRIORITY_SECONDS * max(-_MOST_PRIORITY, min(_MOST_PRIORITY, claim.priority))
-    return (-(age + left) / left, began, -hints.remaining_seconds, claim.arrival)
+    ratio = (age + left) / left
+    if ratio >= _MOST_RATIO:
+        return (-_MOST_RATIO, claim.arrival)
+    return (-ratio, began, -hints.remaining_seconds, claim.arrival)
 
 
 ORDERS: dict[str, Order] = {
