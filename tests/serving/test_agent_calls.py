@@ -347,7 +347,7 @@ GREEDY = AgentHints("mine", importance=10, critical=True, remaining_seconds=0.0,
 
 @pytest.mark.parametrize("like", ["agentic", "resident", "prefix-lru"])
 def test_one_tenant_that_claims_everything_does_not_keep_others_out(like):
-    """A hundred calls that never end, and a full queue of most urgent requests at all times: another's runs before long."""
+    """Calls that never end, and a full queue of most urgent requests at all times: another tenant runs before long."""
     engine = agent_engine(SETS[like], num_blocks=40, host_slots=20)
     for i in range(100):
         turn = make_request(f"held {i}", prompt(9, i % 3), 1, tenant="greedy", may_call=True)
