@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,26 +101,6 @@ def test_states_and_blocks_add_up_while_streams_are_moved_to_the_host_and_back(b
 # ---- in a browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
-    """A page of a headless Chromium, which may log no error but answers that are errors."""
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert program, "these tests need Chromium (Debian: apt install chromium)"
-    flags = ["--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
-    errors: list[str] = []
-    with sync_playwright() as playwright:
-        # Chromium's sandbox does not work for root, which tests in containers often are.
-        browser = playwright.chromium.launch(executable_path=program, args=flags, chromium_sandbox=os.getuid() != 0)
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        yield page
-        browser.close()
-    assert [error for error in errors if "Failed to load resource" not in error] == []  # refusals, which tests cause
-
-
 def give_key(page: Page, key: str) -> None:
     page.get_by_label("API key").fill(key)
     page.get_by_role("button").click()
@@ -139,6 +118,8 @@ def test_the_page_shows_each_streams_buffer_and_where_its_kv_lives(busy: ServerP
     give_key(page, KEY)
     expect(page.get_by_role("status")).to_have_text("live")
     expect(page.locator("#empty")).to_contain_text(f"curl -N {busy.url}/v1/completions")
+    expect(page.locator("#agents-none")).to_contain_text("tracks no agents")
+    expect(page.locator("#agents-area")).to_be_hidden()
 
     rows = page.locator("#streams tr")
     with readers(busy, 10, 400):
@@ -167,9 +148,14 @@ def test_the_page_shows_each_streams_buffer_and_where_its_kv_lives(busy: ServerP
 def test_the_page_says_when_the_server_is_gone_and_comes_back_with_it(page: Page):
     from playwright.sync_api import expect
 
-    with serve("--kv-memory", "64MiB") as server:
+    with serve("--policy", "agentic", "--kv-memory", "64MiB") as server:
         page.goto(f"{server.url}/dashboard")
         expect(page.get_by_role("status")).to_have_text("live")
+        program = {"prompt": "Once", "max_tokens": 2, "kv_hints": {"agent": {"program": "lost"}}}
+        assert httpx.post(f"{server.url}/v1/completions", json=program, timeout=60).status_code == 200
+        expect(page.locator(".program")).to_have_count(1)
         os.kill(server.engine_pid(), 9)
         expect(page.get_by_role("status")).to_contain_text("engine")
         expect(page.get_by_role("status")).to_have_text("live", timeout=60_000)
+        expect(page.locator(".program")).to_have_count(0)  # the engine of that program is gone
+        expect(page.locator("#agents-area")).to_be_visible()

@@ -48,8 +48,14 @@ def test_a_call_is_told_from_its_request_to_the_one_that_goes_on_from_it():
     assert report(engine).blocks["stalled"] == 5
     assert (stats(engine).calls, stats(engine).held_blocks, stats(engine).started) == ({"kept": 1}, 5, 1)
     engine.clock.advance(6.0)
+    node = nodes(engine)["code"]
+    assert node.call is not None and node.call.elapsed_seconds == 6.0
+    assert node.age >= 6.0 and node.tokens == 24
     engine.agent_event(CallFinish("a"))
-    assert nodes(engine)["code"].state == "answered"
+    engine.clock.advance(2.0)
+    node = nodes(engine)["code"]
+    assert node.state == "answered"
+    assert node.call is not None and node.call.elapsed_seconds == 6.0  # what it took
     assert (stats(engine).forecasts, stats(engine).forecast_error_seconds) == (1, 2.0)
     engine.add(make_request("b", prompt(20, 0) + tokens, 4, continues="a"))
     assert nodes(engine)["b"].state == "waiting"

@@ -91,7 +91,9 @@ class _Watch:
         named = set()
         for name, node in program.nodes.items():
             named.add(node.request)
-            yield self._node(name, node.request, node.hints, calls.get(node.request))
+            report = self._node(name, node.request, node.hints, calls.get(node.request))
+            report.age = self._now - node.since
+            yield report
         for request in sorted(program.live | calls.keys()):
             if request not in named:
                 yield self._node(request, request, _NO_HINTS, calls.get(request))
@@ -110,6 +112,7 @@ class _Watch:
             report.reserved_blocks = stall.reserved_blocks
             request = stall.request
         if request is not None:
+            report.tokens, report.age = request.num_tokens, self._now - request.arrival
             cache, tiers = self._engine.cache, self._engine.tiers
             places = KVPlaces(cache.device_blocks(request)) if tiers is None else tiers.places(request)
             report.blocks = cache.blocks_for(request.num_tokens)

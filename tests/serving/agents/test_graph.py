@@ -79,6 +79,8 @@ def test_code_writer_by_hand():
     hints = plan.hints("programmer 2", "run")
     assert (hints.agent, hints.depth, hints.fan_out, hints.tool) == ("programmer", 5, 1, "file_query")
     assert hints.tool_seconds == UNKNOWN, "nobody said; the server knows the kind and learns"
+    assert plan.hints("checker", "run").after == ("code 1", "code 2", "code 3"), "no server sees the writing"
+    assert plan.hints("reviser 1", "run").after == ("verdict", "reviewer")
     assert plan.hints("architect", "run").tool_seconds == 3
     assert plan.nodes["architect"].tool == "web_search"
     assert plan.nodes["programmer 2"].tool_seconds == query

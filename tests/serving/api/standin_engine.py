@@ -173,8 +173,8 @@ class StandIn:
         programs = []
         for (_, id), state in [*self.calls.items()][:limit]:
             hints = AgentHints(agent="coder", after=("planner",), critical=True)
-            call = CallReport(id, "kept", 3.0, 2.0, 60.0, held_blocks=4) if state == "calling" else None
-            node = NodeReport(id, id, hints, state if call else "ended", "weather", call, 5, 4, 3, 2, 1)
+            call = CallReport(id, "kept", 3.0, 2.0, 60.0, 4, elapsed_seconds=1.0) if state == "calling" else None
+            node = NodeReport(id, id, hints, state if call else "ended", "weather", call, 5, 4, 3, 2, 1, 2.5, 70)
             programs.append(ProgramReport(f"of {id}", 2.0, 1.0, 10.0, UNKNOWN, 8.0, [node]))
         return AgentsReport(EngineStats(agents=self.agent_stats()), {"stalled": 7, "free": 57}, programs)
 

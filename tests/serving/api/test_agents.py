@@ -392,7 +392,8 @@ def test_a_call_is_told_of_from_its_start_to_its_end_and_twice(server: Server) -
             assert answer.status_code == 200
             assert answer.json() == {
                 "object": "agent.call", "request": request, "state": "calling", "expected_seconds": 4.0,
-                "remaining_seconds": None, "deadline_seconds": None, "held_blocks": 3, "closed": 0,
+                "remaining_seconds": None, "elapsed_seconds": None, "deadline_seconds": None, "held_blocks": 3,
+                    "closed": 0,
             }  # fmt: skip
         steps: list[dict[str, Any]] = [
             {"type": "call_progress", "stage": "b"},
@@ -501,13 +502,15 @@ def test_programs_and_their_calls_are_shown_to_who_may_ask(start: Any) -> None:
         answers = [client.chat.completions.create(model="smollm2", messages=messages, tools=TOOLS) for _ in range(3)]  # type: ignore[arg-type]
         body = http.get("/v1/agents").json()
         assert body["programs"] == 3 and body["calls"] == {"kept": 3} and body["num_blocks"] == 64
+        assert body["totals"]["started"] == 2 and body["totals"]["on_time_uploads"] == 1
         (node,) = body["data"][0]["nodes"]
         assert node == {
             "name": answers[0].id, "request": answers[0].id, "agent": "coder", "after": ["planner"], "join": "",
             "depth": 0, "critical": True, "importance": 0, "state": "calling", "tool": "weather",
+            "age_seconds": 2.5, "tokens": 70,
             "call": {
-                "state": "kept", "expected_seconds": 3.0, "remaining_seconds": 2.0, "deadline_seconds": 60.0,
-                "held_blocks": 4,
+                "state": "kept", "expected_seconds": 3.0, "remaining_seconds": 2.0, "elapsed_seconds": 1.0,
+                "deadline_seconds": 60.0, "held_blocks": 4,
             },
             "blocks": {"needed": 5, "device": 4, "host": 3, "disk": 2, "reserved": 1},
         }  # fmt: skip

@@ -202,6 +202,7 @@ class Desk(Generic[T]):
             expected_seconds=call.first_forecast.seconds,
             remaining_seconds=call.remaining(now),
             deadline_seconds=max(0.0, call.deadline - now),
+            elapsed_seconds=min(now, call.finished_at) - call.started,
         )
 
     # ---- small parts -------------------------------------------------------------------------------------

@@ -69,3 +69,5 @@ class CallReport(msgspec.Struct, array_like=True):
     """KV blocks kept on the device for it."""
     closed: int = 0
     """Calls that a close has ended."""
+    elapsed_seconds: float = UNKNOWN
+    """Since it began, or what it took."""

@@ -211,7 +211,7 @@ class Plan:
             program=program,
             agent=planned.agent,
             node=node,
-            after=planned.parents,
+            after=self._calls_before(planned),
             depth=planned.depth,
             fan_in=planned.fan_in,
             fan_out=planned.fan_out,
@@ -223,6 +223,17 @@ class Plan:
             tool=tool.kind if tool else "",
             tool_seconds=tool.said_seconds if tool else UNKNOWN,
         )
+
+    def _calls_before(self, node: PlannedNode) -> tuple[str, ...]:
+        """The model calls that one comes after, at once or with function calls between: a server sees no others."""
+        seen: dict[str, None] = {}
+        waiting = list(reversed(node.parents))
+        while waiting:
+            name = waiting.pop()
+            if name not in seen and self.nodes[name].is_call:
+                waiting.extend(reversed(self.nodes[name].parents))
+            seen[name] = None
+        return tuple(name for name in seen if not self.nodes[name].is_call)
 
 
 def _plan(graph: Graph) -> Plan:

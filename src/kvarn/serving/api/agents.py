@@ -10,6 +10,7 @@ from starlette.responses import Response
 from kvarn.errors import RequestError
 from kvarn.serving.agents.events import AgentEvent, CallFinish, CallProgress, CallReport, CallStart, Close
 from kvarn.serving.agents.hints import UNKNOWN
+from kvarn.serving.api.answer_schemas import AgentTotals
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.engine_client import EngineLink
 from kvarn.serving.api.messages import AgentsReport, AgentStats, NodeReport, ProgramReport, Told
@@ -100,6 +101,7 @@ def _stand(report: CallReport) -> dict[str, object]:
         "state": report.state,
         "expected_seconds": _known(report.expected_seconds),
         "remaining_seconds": _known(report.remaining_seconds),
+        "elapsed_seconds": _known(report.elapsed_seconds),
         "deadline_seconds": _known(report.deadline_seconds),
         "held_blocks": report.held_blocks,
     }
@@ -117,6 +119,7 @@ def _body(report: AgentsReport, limit: int, link: EngineLink) -> dict[str, objec
         "data": [_program(program) for program in report.programs[:limit]],
         "programs": stats.programs,
         "calls": stats.calls,
+        "totals": {name: getattr(stats, name) for name in AgentTotals.model_fields},
         "blocks": report.blocks,
         "num_blocks": ready.num_blocks,
         "block_tokens": ready.block_size,
@@ -148,6 +151,8 @@ def _node(node: NodeReport) -> dict[str, object]:
         "importance": hints.importance,
         "state": node.state,
         "tool": node.tool,
+        "age_seconds": _known(node.age),
+        "tokens": node.tokens,
         "call": None if node.call is None else _stand(node.call),
         "blocks": {
             "needed": node.blocks,

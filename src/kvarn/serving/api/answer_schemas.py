@@ -259,6 +259,8 @@ class CallFacts(BaseModel):
     expected_seconds: float | None
     """Of the whole call."""
     remaining_seconds: float | None
+    elapsed_seconds: float | None
+    """Since it began, or what it took."""
     deadline_seconds: float | None
     """Until it is given up."""
     held_blocks: int
@@ -291,6 +293,10 @@ class AgentNode(BaseModel):
     state: Literal["waiting", "loading", "running", "calling", "answered", "retained", "ended"]
     """calling: its tool runs. answered: until a request has the tool's result. retained: kept as its client asked."""
     tool: str
+    age_seconds: float | None
+    """Since it came; null where that is forgotten."""
+    tokens: int
+    """Of its conversation, while the engine holds it."""
     call: CallFacts | None
     blocks: NodePlaces
 
@@ -308,6 +314,30 @@ class AgentProgram(BaseModel):
     nodes: list[AgentNode]
 
 
+class AgentTotals(BaseModel):
+    """Of tool calls since the engine's start."""
+
+    started: int
+    finished: int
+    expired: int
+    """Given up."""
+    continued: int
+    """Gone on from by a request."""
+    offloads: int
+    """Conversations taken off the device while their tools ran."""
+    on_time_uploads: int
+    """Back on the device before the next request came."""
+    late_uploads: int
+    wasted_uploads: int
+    """Back, and given up again."""
+    forecasts: int
+    """Calls that were forecast and are over."""
+    forecast_error_seconds: float
+    """How far off these forecasts were, added up."""
+    inversions: int
+    """Critical requests that waited, or left the device, while minor ones held the blocks that they lacked."""
+
+
 class AgentList(BaseModel):
     """The programs that were seen last, those with something going on first."""
 
@@ -318,6 +348,7 @@ class AgentList(BaseModel):
     """That the engine remembers."""
     calls: dict[str, int]
     """Tool calls that go on, by where their conversations' KV is."""
+    totals: AgentTotals
     blocks: dict[str, int]
     """The device's KV blocks by what they are held for; empty where the policy knows no agents."""
     num_blocks: int

@@ -257,6 +257,10 @@ class NodeReport(msgspec.Struct, array_like=True):
     disk_blocks: int = 0
     reserved_blocks: int = 0
     """Device blocks taken for its return, without content."""
+    age: float = UNKNOWN
+    """Seconds since it came; UNKNOWN where that is forgotten."""
+    tokens: int = 0
+    """Of its conversation, while the engine holds it."""
 
 
 class ProgramReport(msgspec.Struct, array_like=True):

@@ -1,61 +1,16 @@
-// Polls /v1/streams and shows it. Text from the server goes into the page as text, never as markup.
+// Polls /v1/streams, and /v1/agents half as often, and shows them. Text from the server goes into the page as text, never as markup.
 
+import { showAgents } from "./agents.js";
 import { ask, NeedsKey, useKey } from "./client.js";
+import { byId, bytes, element, makeBar, seconds, setText, whole } from "./parts.js";
 
 const POLL = 500; // milliseconds between an answer and the next question
 const RETRY = 2000; // after a failure
+const PROGRAMS = 40; // to be told of; agents.js draws the first of them
 const SPAN = 180; // seconds that the chart shows
 const FULL_BUFFER = 20; // seconds that fill a buffer's bar
 const SHORT = 2, PLENTY = 10; // seconds of buffer below and above which they are called so
 const STATES = ["running", "waiting", "loading"];
-
-const byId = (id) => document.getElementById(id);
-
-function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
-
-function setText(target, text) {
-  if (target.textContent !== text) target.textContent = text;
-}
-
-// ---- numbers as words ------------------------------------------------------------------------------------
-
-const whole = new Intl.NumberFormat("en");
-
-function seconds(value) {
-  if (value < 10) return `${value.toFixed(1)} s`;
-  if (value < 100) return `${Math.round(value)} s`;
-  return `${Math.floor(value / 60)} min`;
-}
-
-function bytes(value) {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let unit = 0;
-  for (; value >= 1000 && unit < units.length - 1; unit++) value /= 1024;
-  return `${unit && value < 10 ? value.toFixed(1) : Math.round(value)} ${units[unit]}`;
-}
-
-// ---- bars ------------------------------------------------------------------------------------------------
-
-// A bar of parts side by side: `names` are their classes; `show([share, ...], label)` sets widths of 0 to 1.
-function makeBar(...names) {
-  const bar = element("div", "bar");
-  const parts = names.map((name) => bar.appendChild(element("i", name)));
-  bar.setAttribute("role", "img");
-  return {
-    bar,
-    parts,
-    show(shares, label) {
-      shares.forEach((share, i) => (parts[i].style.width = `${100 * share}%`));
-      bar.setAttribute("aria-label", label);
-      bar.title = label;
-    },
-  };
-}
 
 // ---- memory ----------------------------------------------------------------------------------------------
 
@@ -207,12 +162,14 @@ function say(text, kind) {
 }
 
 let timer = 0;
+let turn = 0;
 
 async function poll() {
   let pause = POLL;
   try {
     if (!document.hidden) {
       show(await ask("v1/streams"));
+      if (turn++ % 2 === 0) showAgents(await ask(`v1/agents?limit=${PROGRAMS}`));
       say("live", "good");
     }
   } catch (error) {
