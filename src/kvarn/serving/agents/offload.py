@@ -61,6 +61,11 @@ class Load:
 
 
 class Rule(Protocol):
+    @property
+    def makes_way(self) -> bool:
+        """Whether conversations give way to requests that have not begun, and not just to those that have."""
+        ...
+
     def fate(self, prospect: Prospect, load: Load, now: float) -> Fate:
         """What to do with a conversation on the device."""
         ...
@@ -73,6 +78,8 @@ class Rule(Protocol):
 class Resident:
     """It stays: a live request that waits for its tool. The last to come gives way, to requests that run already."""
 
+    makes_way = False
+
     def fate(self, prospect: Prospect, load: Load, now: float) -> Fate:
         return "keep"
 
@@ -82,6 +89,8 @@ class Resident:
 
 class Finished:
     """The request is over and its KV prefix cache like any other: what servers do that know nothing of tools."""
+
+    makes_way = True
 
     def fate(self, prospect: Prospect, load: Load, now: float) -> Fate:
         return "release"
@@ -148,6 +157,8 @@ class MinimumWaste(Resident):
 class StepsToExecution(Resident):
     """It stays, and those furthest from their next model call in the graph give way first, whatever the clock says."""
 
+    makes_way = True
+
     def gives(self, prospect: Prospect, now: float) -> tuple[float, ...] | None:
         steps = 0 if prospect.call.finished else 1
         return (-steps, prospect.call.started)
@@ -176,6 +187,8 @@ class Hardened(Resident):
     margin   calls that end within so many round trips are not moved
     least    nor those that end within so many seconds
     """
+
+    makes_way = True
 
     def __init__(self, margin: float = 2.0, least: float = 0.05) -> None:
         self.margin = margin

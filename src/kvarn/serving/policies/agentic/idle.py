@@ -84,6 +84,8 @@ class Idle:
         """Conversations that may be taken off the device, the first to go in front; for `head`, who wants their blocks,
         also those that wait behind it for blocks of their own."""
         found: list[tuple[tuple[float, ...], StallView]] = []
+        if head is not None and not self.rule.makes_way and agents.call_of(head.id) is None:
+            return []  # it has not begun
         over = self._tenants_beyond_their_share(step.snapshot, agents.stalls)
         for stall in agents.stalls:
             prospect = self._prospects.get(stall.id)
