@@ -160,7 +160,7 @@ def others(scope: Scope) -> Part:
 def _contests(scope: Scope, qps: Sequence[float], *systems: System) -> dict[tuple[Panel, float], Contest]:
     """By panel and programs a second."""
     return {
-        (panel, each): contest(panel, panel.load(scope, each), seeds(scope), *systems)
+        (panel, each): contest(panel, panel.load(scope, each, backlog=True), seeds(scope), *systems)
         for panel in panels(scope)
         for each in qps
     }

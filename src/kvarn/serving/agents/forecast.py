@@ -43,6 +43,11 @@ class Forecast:
     guessed: bool = False
     """Made of nothing: how wrong it was says nothing of later ones."""
 
+    def until(self, elapsed: float, quantile: float) -> float:
+        """Seconds until such a call has ended with this probability, seen from its start; 0 when that is past."""
+        place = quantile * (len(self.ratios) - 1)
+        return max(0.0, self._at(place) * self.seconds - max(0.0, elapsed - self.shift))
+
     def remaining(self, elapsed: float, quantile: float = 0.5) -> float:
         """Seconds still to go, not exceeded with this probability, for a call that has run for `elapsed` seconds."""
         elapsed = max(0.0, elapsed - self.shift)
@@ -50,11 +55,13 @@ class Forecast:
         left = len(self.ratios) - first
         if left == 0:
             return _OVERDUE * elapsed
-        place = first + quantile * (left - 1)
+        return max(0.0, self._at(first + quantile * (left - 1)) * self.seconds - elapsed)
+
+    def _at(self, place: float) -> float:
+        """The ratio at a place of their order, between two of them where it is between."""
         low = int(place)
         high = min(low + 1, len(self.ratios) - 1)
-        ratio = self.ratios[low] + (place - low) * (self.ratios[high] - self.ratios[low])
-        return max(0.0, ratio * self.seconds - elapsed)
+        return self.ratios[low] + (place - low) * (self.ratios[high] - self.ratios[low])
 
 
 @dataclass(slots=True)

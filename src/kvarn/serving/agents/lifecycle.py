@@ -101,12 +101,24 @@ class Call:
         """Whether the tool has answered."""
         return self.finished_at != float("inf")
 
+    returned: bool = False
+    """Whether its KV has been brought back to the device before."""
+
     def move_to(self, state: CallState, now: float) -> None:
         """Apply one transition of the table; an illegal one raises IllegalTransition."""
         if state not in LEGAL[self.state]:
             raise IllegalTransition(f"call of request {self.id}: {self.state.value} -> {state.value}")
         self.state, self.moved_at = state, now
+        self.returned |= state is CallState.READY
 
     def remaining(self, now: float, quantile: float = 0.5) -> float:
         """Seconds until the tool will have answered; 0 once it has."""
         return 0.0 if self.finished else self.forecast.remaining(now - self.started, quantile)
+
+    def early(self, now: float, quantile: float) -> float:
+        """Seconds until the tool has answered with this probability; once the KV has come back in vain, as far as can
+        be said of a call that has lasted so long."""
+        if self.finished:
+            return 0.0
+        read = self.forecast.remaining if self.returned else self.forecast.until
+        return read(now - self.started, quantile)

@@ -25,7 +25,7 @@ _MOST_PRIORITY = 30
 _IMPORTANCE = 0.1
 """Share by which a point of importance above its tenant's mean speeds a program's age up."""
 _SHORTEST_SECONDS = 1.0
-_MOST_RATIO = 1000.0
+_MOST_RATIO = 100.0
 """From here on first come, first served: a program of long ago that says it is nearly over would always go first."""
 
 

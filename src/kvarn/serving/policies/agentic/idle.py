@@ -94,12 +94,22 @@ class Idle:
             place = self.rule.gives(prospect, now)
             if place is None and head is not None and ranks is not None and stall.call.successor:
                 place = _BEHIND if ranks(head) < ranks.of_id(stall.call.successor) else None
+            if head is not None and ranks is not None and self._goes_before(stall, head, ranks, agents, over, now):
+                continue  # it was brought back to go before
             if stall.call.tenant in over:
                 found.append(((float("-inf"),), stall))
             elif place is not None:
                 found.append((place, stall))
         found.sort(key=lambda pair: pair[0])
         return [stall for _, stall in found]
+
+    def _goes_before(
+        self, stall: StallView, head: RequestView, ranks: Ranks, agents: AgentView, over: set[str], now: float
+    ) -> bool:
+        call = stall.call
+        if call.state is not CallState.READY or call.tenant in over:
+            return False
+        return ranks.of_call(call, agents, now) < ranks(head)
 
     def everybody(self, step: Step, agents: AgentView) -> list[StallView]:
         """All that hold blocks, for when nothing else can run; the last to have begun in front."""
@@ -115,11 +125,12 @@ class Idle:
         if self._asked_at < self._looked_at:
             self._asked_at = self._looked_at
             away = [stall for stall in agents.stalls if stall.call.state in _OFF_DEVICE]
-            self._near = [stall for stall in away if stall.call.remaining(now, _EARLY) <= _FAR]
+            self._near = [stall for stall in away if stall.call.early(now, _EARLY) <= _FAR]
         away = [stall for stall in self._near if stall.call.state in _OFF_DEVICE and not stall.call.successor]
         if not away:
             return
-        near = sorted((stall.call.remaining(now, _EARLY), i) for i, stall in enumerate(away))
+        quantile = _EARLY if head is None else _LIKELY
+        near = sorted((stall.call.early(now, quantile), i) for i, stall in enumerate(away))
         back = (CallState.READY, CallState.UPLOADING, CallState.RESERVING)
         held = sum(stall.held_blocks for stall in agents.stalls if stall.call.state in back)
         allowance = int(self._settings.allowance * snapshot.num_blocks) - held
@@ -182,6 +193,8 @@ class Idle:
 
 _ASKED = 64
 """Waiting requests that a rule is told of."""
+_LIKELY = 0.5
+"""The same while somebody waits for blocks: then those that come back early are soon given up again."""
 _BEHIND = (-1.0,)
 """Place of a conversation whose request waits: as if its tool had a second to go."""
 _FAR = 5.0
