@@ -19,7 +19,7 @@ FIGURES: dict[str, Callable[[Run], float]] = {
     "P50 s": lambda run: run["p50_seconds"],
     "P95 s": lambda run: run["p95_seconds"],
     "makespan s": lambda run: run["makespan"],
-    "prompt tokens computed": lambda run: run["counted"].get("computed_prompt_tokens", float("nan")),
+    "prompt tokens cached %": lambda run: 100 * run["cached_tokens"] / run["prompt_tokens"],
     "preemptions": lambda run: run["counted"]["preemptions"],
 }
 RATIOS = ("end to end mean s", "P50 s", "P95 s", "makespan s")

@@ -190,7 +190,7 @@ def _streaming(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
         yield Bar("streaming, throughput", f"{burst}; times {label('kvarn-fcfs', sessions)}", 0.95, raw)
 
 
-def _agents(found: Results) -> Iterator[Bar]:
+def _agents(found: Results, _: Callable[[str], bool]) -> Iterator[Bar]:
     data = found["agents"]
     sessions, conditions = good(data), data["conditions"]
     if agents_tables.OURS not in sessions:
