@@ -86,6 +86,11 @@ class AgentView(Protocol):
         ...
 
     @property
+    def is_away(self) -> bool:
+        """Whether any conversation is to be brought back to the device, or on its way."""
+        ...
+
+    @property
     def stalls(self) -> Sequence[StallView]: ...
 
     def began(self, request_id: str) -> float:

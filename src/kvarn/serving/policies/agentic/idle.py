@@ -116,9 +116,14 @@ class Idle:
         held = [stall for stall in agents.stalls if stall.held_blocks and stall.id not in step.moved]
         return sorted(held, key=lambda stall: -stall.call.started)
 
-    def bring_back(self, step: Step, agents: AgentView, ranks: Ranks, head: RequestView | None, now: float) -> None:
-        """Uploads that are due, and blocks for those that soon will be; `head`, who waits for blocks, goes before
-        those that rank behind it."""
+    def bring_back(
+        self, step: Step, agents: AgentView, ranks: Ranks, head: RequestView | None, growth: int, now: float
+    ) -> None:
+        """Uploads that are due, and blocks for those that soon will be.
+
+        `growth` blocks are left to those that run. `head`, who waits for blocks, goes before those that rank behind it
+        or that would be back in no time: nobody waits for what is of no use yet.
+        """
         snapshot = step.snapshot
         if self._settings.upload != "predictive" or snapshot.tiers is None or not self._settings.offload:
             return
@@ -137,13 +142,14 @@ class Idle:
         context = sum([request.num_tokens for request in snapshot.running])
         step_seconds = snapshot.costs.decode_seconds(max(1, len(snapshot.running)), context)
         for early, i in near:
-            stall, free = away[i], step.available - step.promised
-            if head is not None and ranks(head) < ranks.of_call(stall.call, agents, now):
-                continue
+            stall, free = away[i], step.available - step.promised - growth
             blocks = self._missing.get(stall.id, -1)
             if blocks < 0:
                 blocks = self._missing[stall.id] = agents.loadable_blocks(stall.id)
-            ahead = Return(blocks, stall.reserved_blocks, early, snapshot.tiers.read_seconds(blocks))
+            seconds = snapshot.tiers.read_seconds(blocks)
+            if head is not None and (seconds < _IN_NO_TIME or ranks(head) < ranks.of_call(stall.call, agents, now)):
+                continue
+            ahead = Return(blocks, stall.reserved_blocks, early, seconds)
             todo = next_step(
                 ahead, step_seconds=step_seconds, lead=self._settings.lead, free=free, allowance=allowance,
                 gradual=self._settings.gradual,
@@ -195,6 +201,8 @@ _ASKED = 64
 """Waiting requests that a rule is told of."""
 _LIKELY = 0.5
 """The same while somebody waits for blocks: then those that come back early are soon given up again."""
+_IN_NO_TIME = 0.25
+"""Seconds of copying."""
 _BEHIND = (-1.0,)
 """Place of a conversation whose request waits: as if its tool had a second to go."""
 _FAR = 5.0

@@ -77,7 +77,8 @@ class Agentic:
         for request in prefilling:
             step.continue_running(request)
         head = None if step.evicted else self._admit(step, agents, running, now)
-        self.idle.bring_back(step, agents, self.ranks, head, now)
+        growth = sum([self._growth(snapshot, request) for request in snapshot.running]) if agents.is_away else 0
+        self.idle.bring_back(step, agents, self.ranks, head, growth, now)
         return step.decision()
 
     # ---- admission ---------------------------------------------------------------------------------------
