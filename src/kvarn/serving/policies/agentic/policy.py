@@ -61,8 +61,7 @@ class Agentic:
 
     def decide(self, snapshot: Snapshot, now: float) -> Decision:
         agents = snapshot.agents
-        assert agents is not None, "the engine was made without agents"
-        if self.settings.readers and agents.is_empty:
+        if agents is None or (self.settings.readers and agents.is_empty):
             return self.streaming.decide(snapshot, now)
         self.ranks.refresh(snapshot, agents, now)
         running = sorted(snapshot.running, key=self.ranks)
