@@ -35,7 +35,7 @@ def prospect(seconds: float = 10.0, *, out: float = 0.5, again: float = 4.0, hos
 
 
 def load(waiting=((4, 64),), tokens_per_second=100.0, batch=1000, queue=0.0) -> Load:
-    return Load(1.0, 0, waiting, tokens_per_second, batch, queue)
+    return Load(waiting, tokens_per_second, batch, queue)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)

@@ -20,7 +20,7 @@ from kvarn.serving.agents.events import AgentEvent, CallFinish, CallProgress, Ca
 from kvarn.serving.agents.forecast import Forecast, Forecaster, of_fraction, of_rest
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.agents.lifecycle import Call, CallState
-from kvarn.serving.agents.programs import Programs
+from kvarn.serving.agents.programs import Comer, Programs
 
 _SHORTEST_DEADLINE, _LONGEST_DEADLINE = 60.0, 3600.0
 _DEADLINE_FORECASTS = 4.0
@@ -39,19 +39,9 @@ _TENANT_CALLS = 2048
 """Of one tenant."""
 
 
-class Turn(Protocol):
+class Turn(Comer, Protocol):
     """An ended request, as far as it matters here (kvarn.serving.request.Request satisfies it)."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def tenant(self) -> str: ...
-    @property
-    def agent(self) -> AgentHints | None: ...
-    @property
-    def continues(self) -> str: ...
-    @property
-    def arrival(self) -> float: ...
     @property
     def num_tokens(self) -> int: ...
     @property

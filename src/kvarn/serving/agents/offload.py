@@ -34,8 +34,6 @@ class Prospect:
     """To compute them again."""
     has_host: bool
     """Whether there is room for it on the host."""
-    rank: tuple[float, ...] = ()
-    """Of who made the call, lower goes first."""
 
     @property
     def round_trip(self) -> float:
@@ -46,10 +44,6 @@ class Prospect:
 class Load:
     """The device at that moment."""
 
-    usage: float
-    """Share of its blocks that somebody holds."""
-    free_blocks: int
-    """That an admission could take."""
     waiting: Sequence[tuple[int, int]]
     """(blocks, tokens) of each waiting request, those to be served first in front."""
     tokens_per_second: float

@@ -20,7 +20,9 @@ _PROMPT_WEIGHT = 0.1
 """What computing a prompt token costs, in tokens of output."""
 
 
-class Turn(Protocol):
+class Comer(Protocol):
+    """A request that comes and goes."""
+
     @property
     def id(self) -> str: ...
     @property
@@ -92,7 +94,7 @@ class Programs:
         """When the conversation of a request began; -inf for an unknown one."""
         return self._began.get(request_id, float("-inf"))
 
-    def note_added(self, request: Turn, now: float, continues: str = "") -> None:
+    def note_added(self, request: Comer, now: float, continues: str = "") -> None:
         """A request has come, going on from another; one without hints that goes on from none belongs to no program."""
         hints, continues = request.agent, continues or request.continues
         self._began[request.id] = self._began.get(continues, request.arrival)
@@ -124,14 +126,14 @@ class Programs:
         while len(program.nodes) > _MOST_NODES:
             program.nodes.popitem(last=False)
 
-    def adopt(self, request: Turn, now: float) -> Program:
+    def adopt(self, request: Comer, now: float) -> Program:
         """A request that belonged to no program turns out to be an agent's."""
         program = self._of_request.get(request.id)
         if program is None:
             program = self._of_request[request.id] = self._named(request.tenant, request.id, now)
         return program
 
-    def note_ended(self, request: Turn, now: float) -> None:
+    def note_ended(self, request: Comer, now: float) -> None:
         self._live.discard(request.id)
         program = self._of_request.get(request.id)
         if program is None:

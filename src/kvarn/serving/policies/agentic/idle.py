@@ -181,8 +181,6 @@ class Idle:
         waiting = sorted(snapshot.waiting, key=ranks)[:_ASKED]
         waits = [now - request.arrival for request in snapshot.waiting]
         return Load(
-            usage=1.0 - snapshot.available_blocks / snapshot.num_blocks,
-            free_blocks=snapshot.available_blocks,
             waiting=[(snapshot.blocks_for(each.num_tokens), each.num_tokens + each.max_outputs) for each in waiting],
             tokens_per_second=max(1, len(snapshot.running)) / seconds,
             batch_tokens=context,
