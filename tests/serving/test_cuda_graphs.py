@@ -100,7 +100,7 @@ def test_layout_separates_and_aligns_the_tensors() -> None:
     )  # fmt: skip
     copy_batch(batch, views)
     again = layout.views(buffer)
-    for name in ForwardBatch.__slots__:
+    for name in set(ForwardBatch.__slots__) - {"views"}:
         assert torch.equal(getattr(again, name), getattr(batch, name))
         assert getattr(again, name).data_ptr() % 64 == buffer.data_ptr() % 64
     assert Layout.of(batch) == layout

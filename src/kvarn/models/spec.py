@@ -66,6 +66,26 @@ class KVMemory:
 
 
 @dataclass(slots=True)
+class SharedViews:
+    """KV that several sequences of a batch read where it lies, each at positions of its own.
+
+    A view is a run of blocks and the batch rows that look at it, beside what their sequences' block tables give them.
+    For a row of shift d, the token in a slot of position q stands at q + d: see `kvarn.kernels.ops.shared_attention`.
+    """
+
+    block_tables: torch.Tensor
+    """[V, W] int32"""
+    kv_slots: torch.Tensor
+    """[V] int32"""
+    row_starts: torch.Tensor
+    """[V + 1] int32: entries row_starts[v]:row_starts[v + 1] of `rows` and `shifts` look at view v"""
+    rows: torch.Tensor
+    """[U] int32: rows of the batch"""
+    shifts: torch.Tensor
+    """[U] int32"""
+
+
+@dataclass(slots=True)
 class ForwardBatch:
     """Tensors of one forward pass over T rows of S sequences; R of the rows want logits. See kernels/ops.py."""
 
@@ -83,6 +103,7 @@ class ForwardBatch:
     """[S + 1] int32"""
     logit_rows: torch.Tensor
     """[R] int64"""
+    views: SharedViews | None = None
 
 
 class Decoder(Protocol):

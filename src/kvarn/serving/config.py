@@ -9,6 +9,7 @@ import msgspec
 from kvarn.errors import KvarnError
 from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.streaming.settings import StreamingSettings
+from kvarn.serving.rounds.hints import ReuseMode
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal[
@@ -17,10 +18,12 @@ PolicyName = Literal[
 ]  # fmt: skip
 KVDType = Literal["auto", "bfloat16", "int8"]
 Speculation = Literal["off", "ngram", "auto"]
+Reuse = Literal["auto", ReuseMode]
 OFFLOADING: frozenset[PolicyName] = frozenset({"streaming", "agentic", "round-robin", "least-slack", "qoe-swap"})
 """Policies that take requests off the device while others wait, and bring them back."""
 AUTO = -1
 """A size that is chosen where the engine is built."""
+_REUSE: tuple[str, ...] = ("auto", *get_args(ReuseMode))
 _POOLS = 8
 """A host tier of automatic size holds so many times the KV pool, if there is memory for it."""
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -58,6 +61,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk_memory_bytes: int = 4 * 2**30
     """What the files there may take."""
     share_prefixes: bool = True
+    reuse: Reuse = "auto"
+    """Of shared segments that stand behind different texts: "auto" is what the model is certified for
+    (`kvarn model certify-reuse`), and "exact", which reuses prefixes alone, for any other model."""
+    reuse_share: float = 0.0
+    """Of the tokens of shared segments, so many are computed anew where they stand; 0: as certified, or 0.15."""
+    round_wait: float = 0.05
+    """Seconds that a round waits for those of its requests that have not come."""
+    segment_memory_bytes: int = AUTO
+    """Host memory for shared segments; AUTO: a quarter of the KV pool's."""
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
     flashinfer: bool = True
@@ -89,7 +101,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Raise KvarnError naming the first setting that cannot work."""
         for field, choices in (
             ("precision", get_args(PrecisionChoice)), ("policy", get_args(PolicyName)),
-            ("speculation", get_args(Speculation)), ("kv_dtype", get_args(KVDType)),
+            ("speculation", get_args(Speculation)), ("kv_dtype", get_args(KVDType)), ("reuse", _REUSE),
         ):  # fmt: skip
             if getattr(self, field) not in choices:
                 raise KvarnError(f"{field} is {getattr(self, field)!r}; choose one of {', '.join(choices)}")
@@ -97,7 +109,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("max_context", 0, 2**31), ("max_running", 1, 2**16), ("token_budget", 1, 2**20),
             ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
             ("kv_memory_bytes", 0, 2**63 - 1), ("host_memory_bytes", AUTO, 2**63 - 1),
-            ("disk_memory_bytes", 1, 2**63 - 1),
+            ("disk_memory_bytes", 1, 2**63 - 1), ("segment_memory_bytes", AUTO, 2**63 - 1),
+            ("reuse_share", 0, 1), ("round_wait", 0, 3600),
             ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip
             if not low <= getattr(self, field) <= high:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kvarn.errors import IllegalTransition
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.reader import DEFAULT_RATE, Reader
+from kvarn.serving.rounds.hints import RoundHint, Segment
 from kvarn.serving.sampling.params import SamplingParams
 
 _OUTPUT_ROOM = 256
@@ -105,6 +106,9 @@ class Request:
     """Whether it may end with a tool call."""
     retain_seconds: float = UNKNOWN
     """How long its client wants its KV kept after its end."""
+    segments: tuple[Segment, ...] = ()
+    """The parts of its prompt, where its client says them."""
+    round: RoundHint | None = None
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -124,6 +128,8 @@ class Request:
         continues: str = "",
         may_call: bool = False,
         retain_seconds: float = UNKNOWN,
+        segments: tuple[Segment, ...] = (),
+        round: RoundHint | None = None,
     ) -> Request:
         tokens = np.empty(len(prompt) + min(params.max_tokens, _OUTPUT_ROOM), dtype=np.int32)
         tokens[: len(prompt)] = prompt
@@ -132,7 +138,7 @@ class Request:
             id=id, prompt_length=len(prompt), params=params, tokens=tokens, arrival=arrival, tenant=tenant,
             priority=priority, deadline=deadline, stop_tokens=stop_tokens, num_tokens=len(prompt),
             reader=Reader(stream_rate), agent=agent, continues=continues, may_call=may_call or agent is not None,
-            retain_seconds=retain_seconds,
+            retain_seconds=retain_seconds, segments=segments, round=round,
         )  # fmt: skip
 
     def move_to(self, state: RequestState) -> None:

@@ -50,7 +50,7 @@ class Layout:
             part = buffer[start : start + torch.Size(shape).numel() * dtype.itemsize]
             tensors[name] = part.view(dtype).view(shape)
             start += _aligned_bytes(dtype, shape)
-        return ForwardBatch(**tensors)
+        return ForwardBatch(**tensors, views=None)
 
 
 def _aligned_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -58,8 +58,8 @@ def _aligned_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def copy_batch(source: ForwardBatch, target: ForwardBatch) -> None:
-    """Copy all tensors of a batch into the leading elements of larger ones."""
-    for field in fields(ForwardBatch):
+    """Copy all tensors of a batch, which has no views, into the leading elements of larger ones."""
+    for field in fields(ForwardBatch)[:-1]:
         tensor: torch.Tensor = getattr(source, field.name)
         getattr(target, field.name)[tuple(slice(length) for length in tensor.shape)].copy_(tensor)
 

@@ -27,7 +27,7 @@ from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import Copier, CopyJob, CopyRules, Direction
 from kvarn.serving.kvcache.disk import DiskEntry, DiskTier
 from kvarn.serving.kvcache.host import HostEntry, HostIndex
-from kvarn.serving.kvcache.mirrors import Mirrors
+from kvarn.serving.kvcache.host_copies import HostCopies
 from kvarn.serving.kvcache.prefix import leading
 from kvarn.serving.request import Request
 
@@ -94,7 +94,7 @@ class Tiers:
         """What copying a block has lately taken, each way."""
         self.blocks_in_flight = dict.fromkeys(Direction, 0)
         """Blocks queued or being copied, each way."""
-        self._mirrors = Mirrors(cache, self.host, partial(self._start, Direction.TO_HOST))
+        self._host_copies = HostCopies(cache, self.host, partial(self._start, Direction.TO_HOST))
         self._flights: dict[CopyJob, _Flight] = {}
         self._arrivals = Arrivals(self.host, disk)
         self._barred: set[str] = set()
@@ -120,11 +120,11 @@ class Tiers:
 
     def unmirrored(self, request: Request) -> int:
         """Blocks of a running request that have no copy on the host, finished or under way; a partial one counts."""
-        return self.cache.blocks_for(request.num_computed) - len(self._mirrors.of(request))
+        return self.cache.blocks_for(request.num_computed) - len(self._host_copies.of(request))
 
     def is_leaving(self, request: Request) -> bool:
         """Whether copies to the host that are kept for a request are under way."""
-        return not all(entry.clean for entry in self._mirrors.of(request))
+        return not all(entry.clean for entry in self._host_copies.of(request))
 
     def mirror(self, request: Request, limit: int) -> int:
         """Queue copies of at most `limit` of a running request's full blocks that have none; how many were queued.
@@ -132,7 +132,7 @@ class Tiers:
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
         self._barred.discard(request.id)
-        return self._mirrors.extend(request, limit)
+        return self._host_copies.extend(request, limit)
 
     def offload(self, leaving: Sequence[Request], staying: Sequence[Request], now: float) -> None:
         """Queue copies of all that is new of requests that are about to leave the device.
@@ -142,10 +142,10 @@ class Tiers:
         """
         missing = sum(map(self.unmirrored, leaving)) - self.host.num_available
         for request in sorted(staying, key=lambda request: request.reader.slack(now)) if missing > 0 else ():
-            missing -= self._mirrors.give_up(request, missing)
+            missing -= self._host_copies.give_up(request, missing)
         for request in leaving:
             self._barred.discard(request.id)
-            self._mirrors.put_away(request)
+            self._host_copies.put_away(request)
 
     def write_ahead(self, running: Sequence[Request], now: float, seconds: float) -> None:
         """Copy new blocks, as many as a step of so many seconds has time for, of those who can soonest do without."""
@@ -232,7 +232,7 @@ class Tiers:
                     self._barred.add(flight.request.id)
                 else:
                     self.cache.fill(flight.request, sum(map(_tokens_in, flight.entries)))
-                    self._mirrors.drop_tail(flight.request)
+                    self._host_copies.drop_tail(flight.request)
                 arrived.append((flight.request, not failed))
         for read in self.disk.collect(self.host) if self.disk is not None else ():
             self._drop(self._arrivals.end_read(read))
@@ -246,7 +246,7 @@ class Tiers:
                 flight.request = None
         self._arrivals.forget(request)
         self._barred.discard(request.id)
-        self._mirrors.forget(request)
+        self._host_copies.forget(request)
 
     def wait(self, seconds: float) -> None:
         """Return when something that a request may wait for has ended, or after `seconds`; at once without any."""
@@ -274,7 +274,7 @@ class Tiers:
         self.host.check()
         self.cache.check(holders, [*self.held_blocks(), *also_held])
         pins: dict[HostEntry, int] = {}
-        held = [self._mirrors.pinned(), self._arrivals.pinned()]
+        held = [self._host_copies.pinned(), self._arrivals.pinned()]
         held += [flight.entries for flight in self._flights.values()]
         if self.disk is not None:
             held.append(self.disk.pinned())
@@ -290,7 +290,7 @@ class Tiers:
         """Forget host blocks whose content is wrong; of who mirrored them, those behind no longer count."""
         for entry in entries:
             self.host.drop(entry)
-        self._mirrors.drop_lost()
+        self._host_copies.drop_lost()
 
     def _cached_blocks(self, request: Request) -> int:
         return self.cache.lookup(request).tokens // self.cache.block_size
@@ -300,7 +300,7 @@ class Tiers:
         if request.id in self._barred:
             return []
         found = self._match_full(request, first)
-        tail, last = self._mirrors.tail(request), first + len(found)
+        tail, last = self._host_copies.tail(request), first + len(found)
         if tail is not None and tail.clean and tail.parent == (request.block_hashes[last - 1] if last else b""):
             found.append(tail)
         return found
@@ -309,7 +309,7 @@ class Tiers:
         size, salt = self.cache.block_size, self.cache.salt(request)
         usable = (request.num_tokens - 1) // size  # the last token is always computed
         # Its own copies need not be looked for: they are pinned.
-        own = self._mirrors.of(request)[first:usable]
+        own = self._host_copies.of(request)[first:usable]
         found: list[HostEntry | DiskEntry] = [*takewhile(attrgetter("clean"), own)]
         if len(found) < len(own) or first + len(found) >= usable:
             return found

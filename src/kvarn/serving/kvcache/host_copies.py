@@ -1,6 +1,6 @@
 """Which blocks of each request have a copy on the host, finished or under way, that is kept for it.
 
-A request's mirrors are always a prefix of its full blocks. One that leaves the device leaves its last, partial block
+A request's copies are always a prefix of its full blocks. One that leaves the device leaves its last, partial block
 there too, its tail. Each has a pin for its request, so it stays until the request ends or gives it up, or it is lost.
 """
 
@@ -16,7 +16,7 @@ StartCopies = Callable[[list[int], list[HostEntry], list[int]], None]
 """Starts copies of device blocks to host entries; the last list has the position of the first token of each."""
 
 
-class Mirrors:
+class HostCopies:
     """Called by the tiers alone."""
 
     def __init__(self, cache: KVCache, host: HostIndex, start: StartCopies) -> None:
@@ -40,17 +40,17 @@ class Mirrors:
 
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
-        size, mirrors = self._cache.block_size, self._of.get(request.id, [])
+        size, copies = self._cache.block_size, self._of.get(request.id, [])
         full = request.num_computed // size
-        if len(mirrors) >= full:
+        if len(copies) >= full:
             return 0
         salt = self._cache.salt(request)
         hashes = self._cache.hashes(request, full)
         blocks: list[int] = []
         entries: list[HostEntry] = []
         starts: list[int] = []
-        while len(mirrors) < full and len(blocks) < limit:
-            i = len(mirrors)
+        while len(copies) < full and len(blocks) < limit:
+            i = len(copies)
             key, parent = hashes[i], hashes[i - 1] if i else b""
             tokens = request.tokens[i * size : (i + 1) * size].tobytes()
             entry = self._host.find(key, parent, tokens, salt)
@@ -62,9 +62,9 @@ class Mirrors:
                 entries.append(entry)
                 starts.append(i * size)
             self._host.pin(entry)
-            mirrors.append(entry)
-        if mirrors:
-            self._of[request.id] = mirrors
+            copies.append(entry)
+        if copies:
+            self._of[request.id] = copies
         if blocks:
             self._start(blocks, entries, starts)
         return len(blocks)
@@ -86,10 +86,10 @@ class Mirrors:
 
     def give_up(self, request: Request, count: int) -> int:
         """Let go of a request's last copies until `count` slots may be evicted for it; how many may be."""
-        mirrors = self._of.get(request.id, [])
+        copies = self._of.get(request.id, [])
         given = 0
-        while given < count and mirrors and mirrors[-1].clean and mirrors[-1].pins == 1:
-            self._host.unpin(mirrors.pop())
+        while given < count and copies and copies[-1].clean and copies[-1].pins == 1:
+            self._host.unpin(copies.pop())
             given += 1
         return given
 
@@ -99,23 +99,23 @@ class Mirrors:
             self._host.drop(tail)
 
     def drop_lost(self) -> None:
-        """Let go of what is lost, and of mirrors behind it: they are no prefix any more."""
-        for mirrors in self._of.values():
-            for i, entry in enumerate(mirrors):
+        """Let go of what is lost, and of copies behind it: they are no prefix any more."""
+        for copies in self._of.values():
+            for i, entry in enumerate(copies):
                 if entry.lost:
-                    for other in mirrors[i:]:
+                    for other in copies[i:]:
                         self._host.unpin(other)
-                    del mirrors[i:]
+                    del copies[i:]
                     break
         for id in [id for id, tail in self._tails.items() if tail.lost]:
             self._host.unpin(self._tails.pop(id))
 
     def forget(self, request: Request) -> None:
-        """A request has ended: its mirrors stay on the host as long as there is room."""
+        """A request has ended: its copies stay on the host as long as there is room."""
         self.drop_tail(request)
         for entry in reversed(self._of.pop(request.id, [])):
             self._host.unpin(entry)
 
     def pinned(self) -> list[HostEntry]:
         """Host entries as often as they have a pin for a request."""
-        return [*self._tails.values(), *(entry for mirrors in self._of.values() for entry in mirrors)]
+        return [*self._tails.values(), *(entry for copies in self._of.values() for entry in copies)]
