@@ -69,7 +69,8 @@ class OpenAIServer:
             self.in_flight += 1
             self.most = max(self.most, self.in_flight)
             await self._barrier.wait()
-            await getattr(self, "_" + body["model"])(body, writer)
+            known = "segments" not in body or body["model"] == "parts"
+            await (getattr(self, "_" + body["model"]) if known else self._unknown)(body, writer)
             self.in_flight -= 1
         await writer.drain()
         writer.close()
@@ -100,8 +101,21 @@ class OpenAIServer:
             choice = {"index": 0, "text": "", "token_ids": ids[start : start + 2], "finish_reason": None}
             writer.write(f"data: {json.dumps({'id': 'cmpl-1', 'choices': [choice]})}\n\n".encode())
         details = {"cached_tokens": len(body["prompt"]) // 2}
+        if "segments" in body:
+            details["reused_tokens"] = sum(
+                len(part["content"]) for part in body["segments"] if part["kind"] == "shared"
+            )
         usage = {"completion_tokens": len(ids), "prompt_tokens": len(body["prompt"]), "prompt_tokens_details": details}
         writer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
+
+    async def _parts(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """The same, and takes the parts of a prompt."""
+        whole = [token for part in body.get("segments", ()) for token in part["content"]]
+        await self._ids({"prompt": whole} | body, writer)
+
+    async def _unknown(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        error = b'{"error": {"message": "prompt: Field required", "type": "invalid_request"}}'
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(error), error))
 
     async def _joined(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         """Half as many events as tokens, a body that ends with the connection, chat form."""

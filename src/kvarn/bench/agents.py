@@ -16,14 +16,15 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from kvarn.bench import http
-from kvarn.bench.client import UNREADABLE, failure_reason, http_reason
+from kvarn.bench.client import failure_reason
+from kvarn.bench.completions import Completion, CompletionFailed, complete
 from kvarn.bench.prompts import DEFAULT_TOKENS
 from kvarn.errors import KvarnError
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
@@ -66,10 +67,6 @@ class Abilities:
     """It has /v1/agents/events."""
 
 
-class _Failed(Exception):
-    """A program cannot go on."""
-
-
 class _TextWords:
     """Texts of common words, as Unicode code points: about one word a token."""
 
@@ -78,42 +75,16 @@ class _TextWords:
         return np.array([ord(letter) for word in chosen for letter in _WORDS[word]], dtype=np.int32)
 
 
-@dataclass
-class _Answer:
-    """What has been read of one answer."""
-
-    id: str = ""
-    first_token: float | None = None
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int | None = None
-
-    def take(self, event: dict[str, Any], now: float) -> None:
-        if error := event.get("error"):
-            raise http.TransferFailed(f"error mid-stream: {str(error)[:120]}")
-        self.id = event.get("id") or self.id
-        for choice in event.get("choices") or ():
-            self.token_ids += choice.get("token_ids") or ()
-            self.text += choice.get("text") or ""
-            if self.first_token is None and (choice.get("text") or choice.get("token_ids")):
-                self.first_token = now
-        if usage := event.get("usage"):
-            self.prompt_tokens, self.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-
-
 async def probe(settings: AgentSettings) -> Abilities:
     """Ask the server for a few tokens, and whether it takes events. KvarnError when it does not answer."""
     try:
         answer = await _complete(settings, np.array([DEFAULT_TOKENS[0]] * 8, dtype=np.int32), _PROBE_TOKENS, ids=True)
         token_ids = len(answer.token_ids) == _PROBE_TOKENS
-    except _Failed as refused:  # it may be the field or the ids in the prompt that it does not like
+    except CompletionFailed as refused:  # it may be the field or the ids in the prompt that it does not like
         token_ids = False
         try:
             await _complete(settings, np.array([ord(letter) for letter in _PROBE]), _PROBE_TOKENS, ids=False)
-        except _Failed:
+        except CompletionFailed:
             raise KvarnError(f"the server does not answer: {refused}") from refused
     try:
         async with asyncio.timeout(settings.timeout):
@@ -165,7 +136,7 @@ class _Program:
         try:
             async with asyncio.TaskGroup() as group:
                 self._begin(group, self._run.start())
-        except* _Failed as failures:
+        except* CompletionFailed as failures:
             error = str(failures.exceptions[0])
         record = ProgramRecord(spec.id, spec.app, spec.arrival, self._now(), self._run.digest(), error)
         if self._hints and self._events is not Events.none:
@@ -188,8 +159,8 @@ class _Program:
         hints = ask.hints if self._hints else None
         try:
             answer = await _complete(self._settings, ask.prompt, ask.output_tokens, ids=self._token_ids, hints=hints)
-        except _Failed as failure:
-            raise _Failed(f"{ask.node}: {failure}") from failure
+        except CompletionFailed as failure:
+            raise CompletionFailed(f"{ask.node}: {failure}") from failure
         record.end = self._now()
         record.first_token = record.end if answer.first_token is None else answer.first_token - self._start
         record.prompt_tokens, record.output_tokens = answer.prompt_tokens or len(ask.prompt), answer.output_tokens
@@ -238,8 +209,8 @@ class _Program:
 
 async def _complete(
     settings: AgentSettings, prompt: Tokens, tokens: int, *, ids: bool, hints: AgentHints | None = None
-) -> _Answer:
-    """One completion, read to its end; with `ids` in tokens both ways, else in text. Raises _Failed."""
+) -> Completion:
+    """One completion, read to its end; with `ids` in tokens both ways, else in text. Raises CompletionFailed."""
     body: dict[str, Any] = {
         "model": settings.model,
         "prompt": prompt.tolist() if ids else "".join(map(chr, prompt)),
@@ -254,27 +225,7 @@ async def _complete(
     if hints is not None:
         body["kv_hints"] = {"protocol_version": 1, "agent": msgspec.to_builtins(hints)}
         headers = (("x-session-id", hints.program),)
-    answer, finished = _Answer(), False
-    try:
-        async with asyncio.timeout(settings.timeout):
-            reply = await http.post(settings.endpoint, "/completions", json.dumps(body).encode(), headers)
-            try:
-                if reply.status != 200:
-                    raise http.TransferFailed(http_reason(reply.status, await reply.body()))
-                async for line in reply.lines():
-                    if line.startswith(b"data:"):
-                        data = line[5:].strip()
-                        if finished := data == b"[DONE]":
-                            break
-                        answer.take(json.loads(data), time.perf_counter())
-            finally:
-                reply.close()
-    except TimeoutError as failure:
-        raise _Failed(f"timeout after {settings.timeout:g} s") from failure
-    except (http.TransferFailed, OSError, EOFError, asyncio.LimitOverrunError, *UNREADABLE) as failure:
-        raise _Failed(failure_reason(failure)) from failure
-    if not finished:
-        raise _Failed("disconnected mid-stream")
+    answer = await complete(settings.endpoint, body, settings.timeout, headers)
     if ids and settings.ignore_eos and len(answer.token_ids) not in (tokens, 0):
-        raise _Failed(f"{len(answer.token_ids)} token ids came for {tokens} tokens")
+        raise CompletionFailed(f"{len(answer.token_ids)} token ids came for {tokens} tokens")
     return answer

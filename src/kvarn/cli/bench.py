@@ -20,6 +20,7 @@ from kvarn.bench import client, offline
 from kvarn.bench.http import Endpoint
 from kvarn.bench.prompts import PromptMaker, load_tokenizer, single_token_words
 from kvarn.cli.bench_agents import bench_agents
+from kvarn.cli.bench_rounds import bench_rounds
 from kvarn.cli.options import ApiKey, AsJson, CacheDType, Model, Precision
 from kvarn.cli.runs import lengths, progress_bar, stderr, write_results
 from kvarn.errors import KvarnError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server, or the engine alone.")
 app.command("agents")(bench_agents)
+app.command("rounds")(bench_rounds)
 
 
 class ArrivalKind(StrEnum):
