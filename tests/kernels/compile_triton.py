@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kvarn.kernels import quantized
-from kvarn.kernels.triton import attention, linear, rowwise
+from kvarn.kernels.triton import attention, linear, restore, rowwise
 
 
 class NoDriver:
@@ -91,6 +91,8 @@ def launch_all(dtype: torch.dtype) -> None:
         kv = empty_cache(kv_dtype)
         rowwise.rope_and_cache(query, key, key, torch.empty(100, dim), rows, kv, rows)
         rowwise.write_cache(key, key, kv, rows)
+        master, pages = empty_cache(dtype)[:, None], kv[:, None]
+        restore.restore_blocks(master, master, rows, rows, rows, torch.empty(100, dim), pages)
     weight = torch.zeros(64, 4096)
     for bits, packed in ((8, quantized.pack_int8(weight)), (4, quantized.pack_int4(quantized.quantize_int4(weight)))):
         for count in (64, 65):

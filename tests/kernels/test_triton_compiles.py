@@ -21,5 +21,6 @@ def test_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
-    assert names == {"_attend", "_merge", "_norm", "_silu_mul", "_rope_and_cache", "_int_linear", "_widen"}
+    rowwise = {"_norm", "_silu_mul", "_rope_and_cache", "_restore"}
+    assert names == {"_attend", "_merge", "_int_linear", "_widen"} | rowwise
     assert all(kernel["machine_code_bytes"] and kernel["shared_bytes"] <= SHARED_BYTES for kernel in kernels)

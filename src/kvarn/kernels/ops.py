@@ -63,6 +63,12 @@ _rope_and_cache = _declare(
 _write_cache = _declare(
     "write_cache(Tensor key, Tensor value, Tensor(a!) kv, Tensor slots) -> ()", reference.write_cache, _nothing
 )
+_restore_blocks = _declare(
+    "restore_blocks(Tensor master, Tensor diffs, Tensor sources, Tensor starts, Tensor targets, Tensor cos_sin, "
+    "Tensor(a!) pages) -> ()",
+    reference.restore_blocks,
+    _nothing,
+)
 _silu_mul = _declare(
     "silu_mul(Tensor gate_up) -> Tensor",
     reference.silu_mul,
@@ -213,6 +219,27 @@ def rope_and_cache(
 def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
     """Writes key and value [T, Hkv, D] without rotation into slots [T] of `kv`; arguments as for `rope_and_cache`."""
     _write_cache(key, value, kv, slots)
+
+
+def restore_blocks(
+    master: Tensor, diffs: Tensor, sources: Tensor, starts: Tensor, targets: Tensor, cos_sin: Tensor, pages: Tensor
+) -> None:
+    """Puts stored blocks into the pool, keys turned to where they go: one read of a block for all that share it.
+
+    master   [M, L, 2, Hkv, B, D] float32 or bfloat16: blocks that many share; dim 0 may be strided, as of diffs
+    diffs    [E, L, 2, Hkv, B, D] of the same dtype: blocks that stand in for some of the master's
+    sources  [J] int32: job j restores master[sources[j]], or diffs[~sources[j]] where that is negative
+    starts   [J] int32: the block's keys are from before rotary embedding and are turned to positions starts[j],
+             starts[j] + 1, ...; or negative: its keys are copied like its values
+    targets  [J] int32: the block of `pages` that is written, all different
+    cos_sin  [P, R] as for `rope_and_cache`, to the bit; rows of a last block behind position P - 1 are turned as it
+    pages    [N, L, 2, Hkv, B, D] of master's dtype or int8, [N, L, 2, Hkv, B * (D + 4)] uint8 as for
+             `paged_attention`; dim 0 may be strided. Changed in place
+
+    What is copied keeps its bytes. Some of the layers are restored by slices of master, diffs and pages. On the CPU,
+    much is written past the caches.
+    """
+    _restore_blocks(master, diffs, sources, starts, targets, cos_sin, pages)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -113,6 +113,24 @@ def write_cache(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
             kv[blocks, which, :, offsets] = rows
 
 
+def restore_blocks(
+    master: Tensor, diffs: Tensor, sources: Tensor, starts: Tensor, targets: Tensor, cos_sin: Tensor, pages: Tensor
+) -> None:
+    block_size = master.shape[4]
+    offsets = torch.arange(block_size, device=pages.device)
+    jobs = zip(sources.tolist(), starts.tolist(), targets.tolist(), strict=True)
+    for source, start, target in jobs:
+        block = master[source] if source >= 0 else diffs[~source]  # [L, 2, Hkv, B, D]
+        key, value = block.unbind(1)
+        if start >= 0:
+            key = _rotated(key, cos_sin[(start + offsets).clamp(max=cos_sin.shape[0] - 1)])
+        if pages.dtype != torch.uint8:
+            pages[target] = torch.stack([key, value], dim=1)
+            continue
+        codes, scales = quantised_kv(pages[target], block.shape[-1])
+        codes[:], scales[:] = _quantised(torch.stack([key, value], dim=1).float())
+
+
 def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row in 127ths of its largest magnitude, and what a 127th is worth. Rows of (next to) nothing give zeros."""
     largest = rows.abs().amax(-1)

@@ -6,6 +6,7 @@
 #include "attention_int8.h"
 #include "linear.h"
 #include "linear_int.h"
+#include "restore.h"
 #include "rowwise.h"
 #include "sampling.h"
 
@@ -69,6 +70,9 @@ void rms_norm(const NormArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE
 void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
   KVARN_BY_DTYPES(rope_and_cache_rows, args, begin, end);
 }
+void restore(const RestoreArgs& args, int64_t begin, int64_t end) {
+  KVARN_BY_DTYPES(restore_layers, args, begin, end);
+}
 void silu_mul(const SiluArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(silu_mul_rows, args, begin, end); }
 void linear(const LinearArgs& args, int64_t panel, int64_t row_begin, int64_t row_end) {
   switch (args.format) {
@@ -88,7 +92,7 @@ void token_logprobs(const LogprobArgs& args, int64_t begin, int64_t end, double*
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
     KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
-    rms_norm, rope_and_cache, silu_mul, linear, quantize_rows, sample, token_logprobs,
+    rms_norm, rope_and_cache, restore, silu_mul, linear, quantize_rows, sample, token_logprobs,
 };
 
 }  // namespace kvarn

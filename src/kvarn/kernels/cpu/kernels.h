@@ -75,6 +75,24 @@ struct CacheArgs {
   bool is_int8;      // kv
 };
 
+// One block, of one of the jobs that are restored from the same source; these lie together.
+struct RestoreJob {
+  const void* source;    // [L, 2, Hkv, B, D] contiguous
+  void* target;          // the same, or [L, 2, Hkv, B * (D + 4)] bytes
+  int64_t start;         // position of its first key; negative: keys are copied
+  int64_t first, count;  // the first job of this source, and how many there are
+};
+
+struct RestoreArgs {
+  const RestoreJob* jobs;
+  int64_t layers, kv_heads, block_size, head_dim;
+  const float* cos_sin;  // [P, R]
+  int64_t positions, rotary;
+  bool is_bfloat16;  // sources
+  bool is_int8;      // targets
+  bool past_caches;  // targets are too large to stay in them
+};
+
 struct SiluArgs {
   const void* gate_up;  // [T, 2F]
   int64_t row_stride;
@@ -145,6 +163,7 @@ struct Kernels {
   void (*attention_merge)(const AttentionArgs&, const MergeTask&);
   void (*rms_norm)(const NormArgs&, int64_t begin, int64_t end);
   void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
+  void (*restore)(const RestoreArgs&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluArgs&, int64_t begin, int64_t end);
   void (*linear)(const LinearArgs&, int64_t panel, int64_t row_begin, int64_t row_end);
   void (*quantize_rows)(const QuantizeArgs&, int64_t begin, int64_t end);

@@ -15,7 +15,7 @@ def register(library: torch.library.Library) -> bool:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     from kvarn.kernels import flashinfer
-    from kvarn.kernels.triton import attention, linear, rowwise
+    from kvarn.kernels.triton import attention, linear, restore, rowwise
 
     library.impl("paged_attention", flashinfer.or_else(attention.paged_attention), "CUDA")
     for implementation in (
@@ -24,6 +24,7 @@ def register(library: torch.library.Library) -> bool:
         rowwise.rope_and_cache,
         rowwise.write_cache,
         rowwise.silu_mul,
+        restore.restore_blocks,
         linear.int_linear,
     ):
         library.impl(implementation.__name__, implementation, "CUDA")

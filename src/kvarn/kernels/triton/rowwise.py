@@ -78,13 +78,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _nearest(x):
+def nearest(x):
     """Rounded to the nearest integer, of two the even one: numbers this large have no room for fractions."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _steps_per_unit(largest):
+def steps_per_unit(largest):
     """127 steps for the largest magnitude of a row."""
     return tl.where(largest > 1e-30, 127.0 / tl.maximum(largest, 1e-30), 0.0)[:, None]
 
@@ -145,16 +145,16 @@ def _rope_and_cache(
             scales = kv_scales + slot // BLOCK_SIZE * (kv_block // 4) + slot % BLOCK_SIZE
             scales += (head * HEAD_SIZE + BLOCK_SIZE * HEAD_DIM) // 4
             tl.store(scales, largest / 127.0, mask=head < KV_HEADS)
-            steps = _steps_per_unit(largest)
+            steps = steps_per_unit(largest)
             if ROTARY > 0:
-                first = _nearest(first * steps)
-                second = _nearest(second * steps)
+                first = nearest(first * steps)
+                second = nearest(second * steps)
             if ROTARY < HEAD_DIM:
-                rest = _nearest(rest * steps)
+                rest = nearest(rest * steps)
             held = held.to(tl.float32)
             value_largest = tl.max(tl.abs(held), axis=1)
             tl.store(scales + KV_HEADS * HEAD_SIZE // 4, value_largest / 127.0, mask=head < KV_HEADS)
-            held = _nearest(held * _steps_per_unit(value_largest))
+            held = nearest(held * steps_per_unit(value_largest))
         if ROTARY > 0:
             tl.store(target + i[None, :], first.to(kv.dtype.element_ty), mask=halves)
             tl.store(target + i[None, :] + half, second.to(kv.dtype.element_ty), mask=halves)
