@@ -6,11 +6,17 @@ import msgspec
 import pytest
 import zmq
 
-from kvarn.errors import KvarnError
-from kvarn.serving.api.messages import FromEngine, StepOutputs, Submit, TokenOutput
+from kvarn.errors import KvarnError, RequestError
+from kvarn.serving.api.messages import (
+    FromEngine,
+    StepOutputs,
+    Submit,
+    TokenOutput,
+)
 from kvarn.serving.engine import Engine
 from kvarn.serving.engine_process import EngineProcess, Outbox
 from kvarn.serving.request import Request
+from kvarn.serving.rounds.hints import RoundHint, Segment
 from kvarn.serving.sampling.params import SamplingParams
 from kvarn.serving.speculation import Speculator
 
@@ -97,3 +103,17 @@ def test_closing_the_outbox_sends_what_is_left() -> None:
     assert [step.outputs[0].tokens for step in received] == [[i] for i in range(100)]
     with pytest.raises(KvarnError, match="has ended"):
         outbox.send(StepOutputs([]))
+
+
+def test_segments_and_rounds_reach_the_engine_and_its_refusals_their_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def refuse(engine: Engine, request: Request) -> None:
+        seen.append(request)
+        raise RequestError("it has one already", field="round.agent", status=409)
+
+    monkeypatch.setattr(Engine, "add", refuse)
+    segments, round = (Segment("private", 1), Segment("shared", 2, "x")), RoundHint("r", 2, "a")
+    (refusal,) = serve(Submit("one", [1, 2, 3], PARAMS, segments=segments, round=round))["one"]
+    assert (seen[0].segments, seen[0].round) == (segments, round)
+    assert (refusal.error_status, refusal.error_field) == (409, "round.agent")

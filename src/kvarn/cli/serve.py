@@ -17,7 +17,7 @@ from kvarn.cli.options import ENGINE_PANEL, CacheDType, CacheMemory, Device, Mod
 from kvarn.cli.sizes import parse_bytes
 from kvarn.errors import KvarnError
 from kvarn.serving.api.config import ServerConfig
-from kvarn.serving.config import AUTO, EngineConfig, PolicyName, Speculation
+from kvarn.serving.config import AUTO, EngineConfig, PolicyName, Reuse, Speculation
 
 _ENGINE = EngineConfig()
 _SERVER = ServerConfig()
@@ -52,6 +52,9 @@ def serve(
         float, _server(help="The fastest that readers are believed to be, where their key has no limit of its own.")
     ] = _SERVER.max_stream_rate,
     pace: Annotated[bool, _server("--pace", help="Send tokens as they are read, not as they are made.")] = False,
+    segment_separator: Annotated[
+        str, _server(help="Text that divides plain prompts into private text, shared segments and the task.")
+    ] = _SERVER.segment_separator,
     access_log: Annotated[bool, _server("--access-log", help="Log every HTTP request.")] = False,
     precision: Precision = _ENGINE.precision,
     kv_dtype: CacheDType = _ENGINE.kv_dtype,
@@ -77,6 +80,22 @@ def serve(
     ] = _ENGINE.speculation,
     draft_tokens: Annotated[int, _engine(help="Tokens drafted at a time at most.")] = _ENGINE.draft_tokens,
     prefix_cache: Annotated[bool, _engine(help="Reuse the KV cache of equal prefixes.")] = _ENGINE.share_prefixes,
+    reuse: Annotated[
+        Reuse,
+        _engine(
+            help="Of shared segments behind different texts: exact (prefixes alone), serial, batched, collective, "
+            "lego; auto: what the model is certified for."
+        ),
+    ] = _ENGINE.reuse,
+    reuse_share: Annotated[
+        float, _engine(help="Share of reused tokens computed anew where they stand; 0: as certified, or 0.15.")
+    ] = _ENGINE.reuse_share,
+    round_wait: Annotated[
+        float, _engine(help="Seconds that a round waits for those of its requests that have not come.")
+    ] = _ENGINE.round_wait,
+    segment_memory: Annotated[
+        str, _engine(help="Host memory for shared segments, such as 1GiB; auto: a quarter of the KV cache's.")
+    ] = "auto",
     max_context: Annotated[int, _limits(help="Tokens of prompt + output; 0: the model's.")] = _ENGINE.max_context,
     max_running: Annotated[int, _limits(help="Requests in one batch.")] = _ENGINE.max_running,
     max_queued: Annotated[int, _limits(help="Requests that may wait before others get 429.")] = _SERVER.max_queued,
@@ -102,12 +121,14 @@ def serve(
             disk_cache=disk_cache, disk_memory_bytes=parse_bytes(disk_memory, "--disk-memory"),
             share_prefixes=prefix_cache, threads=threads, prefill_budget=prefill_budget,
             speculation=speculation, draft_tokens=draft_tokens,
+            reuse=reuse, reuse_share=reuse_share, round_wait=round_wait,
+            segment_memory_bytes=AUTO if segment_memory == "auto" else parse_bytes(segment_memory, "--segment-memory"),
         ),
         host=host, port=port, served_name=served_name, api_keys=keys, stream_rate_limits=limits,
         default_stream_rate=stream_rate, max_stream_rate=max_stream_rate, pace=pace,
         max_body_bytes=parse_bytes(max_body, "--max-body"), max_queued=max_queued, max_concurrent=max_concurrent,
         request_timeout=request_timeout, drain_seconds=drain_seconds, record=record, record_content=record_content,
-        access_log=access_log,
+        access_log=access_log, segment_separator=segment_separator,
     )  # fmt: skip
     config.validate()
     console = Console(stderr=True, highlight=False)

@@ -11,10 +11,12 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from kvarn.errors import ModelError, RequestError
 from kvarn.models.config import eos_tokens, read_config, read_json
@@ -75,11 +77,25 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, special tokens written in it included; `add_special_tokens` adds the model's own (BOS)."""
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):
-            raise RequestError("the text is not valid Unicode (it holds a lone surrogate)") from None
-        return ids
+        return _ids(self._backend, text, add_special_tokens)
+
+    def encode_part(self, text: str) -> list[int]:
+        """Ids of a text that stands amid others, the same wherever it stands: nothing is put before or behind it.
+
+        Vocabularies that begin a text with a space do not begin a part with one.
+        """
+        return _ids(self._amid, text, False)
+
+    @cached_property
+    def _amid(self) -> tokenizers.Tokenizer:
+        return _amid(self._backend)
+
+    @cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The model's own special tokens before and behind a text."""
+        whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        before = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+        return whole[:before], whole[before + len(bare) :]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`. Ids that the vocabulary does not have stand for nothing."""
@@ -108,6 +124,54 @@ class Tokenizer:
             if token is not None:  # clients may name billions of others
                 self._bytes[id] = known
         return known
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except (TypeError, UnicodeEncodeError):
+        raise RequestError("the text is not valid Unicode (it holds a lone surrogate)") from None
+    return ids
+
+
+def _amid(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same vocabulary for text amid other text: where spaces are put before texts, one that puts none."""
+    steps = [_state(backend.normalizer), _state(backend.pre_tokenizer)]
+    changed = [_without_space(step) for step in steps]
+    if changed == steps:
+        return backend
+    normalizer, splitter = normalizers.Sequence([]), pre_tokenizers.Sequence([])
+    normalizer.__setstate__(json.dumps({"type": "Sequence", "normalizers": changed[0]}).encode())
+    splitter.__setstate__(json.dumps({"type": "Sequence", "pretokenizers": changed[1]}).encode())
+    amid = tokenizers.Tokenizer(backend.model)  # shares the vocabulary
+    amid.normalizer, amid.pre_tokenizer = normalizer, splitter
+    added = sorted(backend.get_added_tokens_decoder().items())
+    amid.add_tokens([token for _, token in added])  # in the order in which their file's loading adds them
+    return amid
+
+
+def _state(part: normalizers.Normalizer | pre_tokenizers.PreTokenizer | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, as tokenizer.json has them."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    steps: list[dict[str, Any]] = state.get("normalizers") or state.get("pretokenizers") or [state]
+    return steps
+
+
+def _without_space(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same steps, but none that puts a space before the text."""
+    changed = []
+    for step in steps:
+        match step["type"]:
+            case "Prepend":
+                continue
+            case "Metaspace":
+                step = step | {"prepend_scheme": "never"}
+            case "ByteLevel" if "add_prefix_space" in step:
+                step = step | {"add_prefix_space": False}
+        changed.append(step)
+    return changed
 
 
 def tokenizer_file(folder: Path) -> Path:

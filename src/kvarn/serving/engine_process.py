@@ -31,6 +31,7 @@ from kvarn.serving.api.messages import (
     FromEngine,
     Loading,
     Ready,
+    RoundsReport,
     Shutdown,
     StartFailed,
     StepOutputs,
@@ -41,6 +42,7 @@ from kvarn.serving.api.messages import (
     Told,
     Watch,
     WatchAgents,
+    WatchRounds,
 )
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Emission, Engine
@@ -112,6 +114,8 @@ class EngineProcess:
                 self.outbox.send(report_streams(self.engine, self._stats(), message.limit))
             case WatchAgents():
                 self.outbox.send(report_agents(self.engine, self._stats(), message.limit))
+            case WatchRounds():
+                self.outbox.send(RoundsReport(self._stats(), []))
             case Tell():
                 self._tell(message)
             case Shutdown():
@@ -123,11 +127,13 @@ class EngineProcess:
             self.engine.add(self._request(message))
             return
         except RequestError as error:
-            reason, field = str(error), error.field or ""
+            reason, field, status = str(error), error.field or "", error.status
         except Exception as error:
             _log.exception("request %s could not be prepared", message.id)
-            reason, field = f"the request could not be prepared: {error}", None
-        refusal = TokenOutput(message.id, [], FinishReason.ERROR.value, error=reason, error_field=field)
+            reason, field, status = f"the request could not be prepared: {error}", None, 500
+        refusal = TokenOutput(
+            message.id, [], FinishReason.ERROR.value, error=reason, error_field=field, error_status=status
+        )
         self.outbox.send(StepOutputs([refusal]))
 
     def _tell(self, message: Tell) -> None:
@@ -159,6 +165,8 @@ class EngineProcess:
             continues=message.continues,
             may_call=message.may_call,
             retain_seconds=message.retain_seconds,
+            segments=message.segments,
+            round=message.round,
         )
 
     def _send(self, outputs: list[TokenOutput], *, force_stats: bool = False) -> None:

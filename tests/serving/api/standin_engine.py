@@ -32,6 +32,7 @@ from kvarn.serving.api.messages import (
     NodeReport,
     ProgramReport,
     Ready,
+    RoundsReport,
     Shutdown,
     StartFailed,
     StepOutputs,
@@ -44,8 +45,10 @@ from kvarn.serving.api.messages import (
     Told,
     Watch,
     WatchAgents,
+    WatchRounds,
 )
 from kvarn.serving.batch import TokenLogprobs
+from kvarn.serving.rounds_report import RoundFacts, RoundReport
 
 STEP_SECONDS = float(os.environ.get("KVARN_STANDIN_STEP", "0.001"))
 LOG = os.environ.get("KVARN_STANDIN_LOG")
@@ -55,6 +58,8 @@ CACHED = 16
 """Prompt tokens that every prompt of so many claims to have found in the cache."""
 MUTE = "mute-0"
 """A request that events of are never answered."""
+TWICE = "twice"
+"""An agent that every round has already."""
 START, END = 1, 2
 """SmolLM2's marks around a message; END also ends a text."""
 
@@ -95,6 +100,7 @@ class Running:
         output = TokenOutput(self.submit.id, [token])
         if self.sent == 0:
             output.cached_tokens = min(CACHED, len(self.submit.prompt) // 16 * 16)
+            output.reused_tokens = sum(each.tokens for each in self.submit.segments if each.kind == "shared")
         self.sent += 1
         if params.logprobs >= 0:
             output.logprobs = [TokenLogprobs(-0.5, [(token + 1 + i, -1.0 - i) for i in range(params.logprobs)])]
@@ -127,6 +133,7 @@ class StandIn:
         self.calls: dict[tuple[str, str], str] = {}
         """(tenant, request) -> what its tool call does, of requests that may make one."""
         self.output_tokens = 0
+        self.rounds: list[RoundReport] = []
 
     def send(self, message: FromEngine) -> None:
         self.outbox.send(msgspec.msgpack.encode(message))
@@ -143,7 +150,14 @@ class StandIn:
                         message.id, [], "error", error="no such grammar", error_field="response_format"
                     )
                     self.send(StepOutputs([refusal]))
+                elif message.round is not None and message.round.agent == TWICE:
+                    words = f"the round {message.round.id!r} has a request of {TWICE!r} already"
+                    refusal = TokenOutput(
+                        message.id, [], "error", error=words, error_field="round.agent", error_status=409
+                    )
+                    self.send(StepOutputs([refusal]))
                 else:
+                    self.note_round(message)
                     self.running[message.id] = Running(
                         message, script(message.prompt), time.monotonic() + message.timeout
                     )
@@ -159,6 +173,9 @@ class StandIn:
             case WatchAgents():
                 log("watch_agents", limit=message.limit)
                 self.send(self.report_agents(message.limit))
+            case WatchRounds():
+                log("watch_rounds", limit=message.limit)
+                self.send(RoundsReport(EngineStats(rounds=self.round_facts()), self.rounds[: message.limit]))
             case Tell():
                 log("tell", number=message.number, kind=type(message.event).__name__, **facts_of(message.event))
                 told = self.tell(message)
@@ -167,6 +184,17 @@ class StandIn:
             case Shutdown():
                 log("shutdown")
                 self.alive = False
+
+    def round_facts(self) -> RoundFacts:
+        """As if nobody had to wait."""
+        reused = sum(each.reused_tokens for each in self.rounds)
+        return RoundFacts(len(self.rounds), waiting_members=1, reused_tokens=reused, segment_bytes=4096)
+
+    def note_round(self, message: Submit) -> None:
+        if message.round is not None:
+            shared = [each.tokens for each in message.segments if each.kind == "shared"]
+            round = message.round
+            self.rounds.insert(0, RoundReport(round.id, round.size, 1, 0.25, "collective", len(shared), sum(shared), 2))
 
     def report_agents(self, limit: int) -> AgentsReport:
         """A program for each request that may call."""
@@ -214,6 +242,7 @@ class StandIn:
                     blocks_free=7,
                     output_tokens=self.output_tokens,
                     agents=self.agent_stats(),
+                    rounds=self.round_facts(),
                 )
                 self.send(StepOutputs(outputs, stats))
                 time.sleep(STEP_SECONDS)

@@ -93,7 +93,7 @@ def test_the_page_is_whole_and_may_load_nothing_from_elsewhere(server: Server) -
             left += parts - seen
             assert "http://" not in answer.text.replace("http://www.w3.org/2000/svg", "") and "//cdn" not in answer.text
             assert "innerHTML" not in answer.text and not re.search(r"<script>|\son\w+=|style=", answer.text)
-        assert len(seen) == 10
+        assert len(seen) == 11
     assert "unsafe" not in HEADERS["Content-Security-Policy"]
     assert HEADERS["Content-Security-Policy"].startswith("default-src 'none'")
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from kvarn.serving.rounds.hints import ReuseMode
+
 
 class ErrorDetail(BaseModel):
     message: str
@@ -20,6 +22,8 @@ class ErrorBody(BaseModel):
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int
+    reused_tokens: int = 0
+    """Whose KV was that of shared segments; left out where there are none."""
 
 
 class UsageBody(BaseModel):
@@ -353,6 +357,55 @@ class AgentList(BaseModel):
     """The device's KV blocks by what they are held for; empty where the policy knows no agents."""
     num_blocks: int
     block_tokens: int
+
+
+class Round(BaseModel):
+    """One round, as it was when its wait was over."""
+
+    id: str
+    members: int
+    """Requests that it was to have."""
+    arrived: int
+    waited_seconds: float
+    mode: ReuseMode
+    segments: int
+    """Shared segments, each counted once."""
+    reused_tokens: int
+    """Prompt tokens whose KV was that of shared segments."""
+    refreshed_tokens: int
+    """Tokens of shared segments that were computed anew where they stand."""
+
+
+class RoundTotals(BaseModel):
+    """Of rounds and segments since the engine's start; what waits or is held, of now."""
+
+    collected_rounds: int
+    late_members: int
+    """Requests that came after their round's wait was over."""
+    waiting_members: int
+    segment_hits: int
+    """Segments of requests whose KV was there."""
+    segment_misses: int
+    encoded_tokens: int
+    """Tokens of segments computed alone."""
+    reused_tokens: int
+    refreshed_tokens: int
+    selection_passes: int
+    segment_tokens_held: int
+    segment_bytes: int
+    mirror_bytes: int
+    """KV kept of requests that ended, as it is stored."""
+    dense_bytes: int
+    """What the same would take in full."""
+
+
+class RoundList(BaseModel):
+    """The last rounds, the newest first."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Round]
+    totals: RoundTotals
 
 
 class Health(BaseModel):

@@ -23,6 +23,7 @@ from kvarn.serving.api.answer_schemas import (
     Model,
     ModelList,
     ResponseObject,
+    RoundList,
     StreamList,
     Tokenized,
 )
@@ -32,6 +33,7 @@ from kvarn.serving.api.errors import ClientGone, explain
 from kvarn.serving.api.openapi import ERRORS, answer, asks, describe
 from kvarn.serving.api.pages import add_pages
 from kvarn.serving.api.responses import Responses
+from kvarn.serving.api.rounds import ROUNDS_QUERY, Rounds
 from kvarn.serving.api.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -80,6 +82,7 @@ def make_app(service: Service) -> FastAPI:
     agents = Agents(service)
     get("/v1/agents", agents.index, AgentList, AGENTS_QUERY)
     post("/v1/agents/events", agents.event, EventRequest, AgentCall)
+    get("/v1/rounds", Rounds(service).index, RoundList, ROUNDS_QUERY)
     models, tokens, condition = Models(service), Tokens(service), Condition(service)
     streams = Streams(service)
     get("/v1/streams", streams.index, StreamList, STREAMS_QUERY)

@@ -45,7 +45,7 @@ class ChatCompletions:
         if asked is None:
             field, asked = "max_tokens", body.max_tokens
         max_tokens = output_limit(
-            len(prompt),
+            len(prompt.tokens),
             asked,
             service.config.default_max_tokens,
             ready.max_context,

@@ -15,7 +15,8 @@ from kvarn.errors import RequestError
 from kvarn.serving.api.bodies import read_body
 from kvarn.serving.api.generation import Delta, Generation, new_id
 from kvarn.serving.api.logprobs import completion_logprobs
-from kvarn.serving.api.schemas import CompletionRequest
+from kvarn.serving.api.schemas import CompletionRequest, SegmentBody
+from kvarn.serving.api.segments import Part, Prompt, split_text
 from kvarn.serving.api.service import Service, abort_when_gone, output_limit
 from kvarn.serving.api.sse import EventStream, chunk_template, last_chunk
 from kvarn.serving.api.translate import ask_of, grammar_of, sampling_params
@@ -40,12 +41,12 @@ class Completions:
         link, ready = await service.engine()
         prompts = await self._tokenise(body)
         max_tokens = output_limit(
-            max(map(len, prompts)),
+            max(len(prompt.tokens) for prompt in prompts),
             body.max_tokens,
             DEFAULT_MAX_TOKENS,
             ready.max_context,
             field="max_tokens",
-            prompt_field="prompt",
+            prompt_field="prompt" if body.segments is None else "segments",
         )
         logprobs = -1 if body.logprobs is None else body.logprobs
         params = sampling_params(
@@ -65,33 +66,63 @@ class Completions:
             with generation:
                 return await writer.whole()
 
-    async def _tokenise(self, body: CompletionRequest) -> list[list[int]]:
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            prompts = [await self._service.text.encode(prompt)]
-        elif isinstance(prompt[0], int):
-            prompts = [prompt]
-        elif isinstance(prompt[0], str):
-            prompts = await self._service.text.encode_all(prompt)
+    async def _tokenise(self, body: CompletionRequest) -> list[Prompt]:
+        text, given = self._service.text, _given(body)
+        if body.segments is not None:
+            prompts = [await text.encode_parts(_parts(body.segments))]
+        elif all(isinstance(prompt, str) for prompt in given):
+            prompts = await self._encode(given)
         else:
-            prompts = prompt
-        if any(not tokens for tokens in prompts):
-            raise RequestError("the prompt is empty; send at least one token of text", field="prompt")
+            prompts = [Prompt(tokens) for tokens in given]
+        if any(not prompt.tokens for prompt in prompts):
+            field = "prompt" if body.segments is None else "segments"
+            raise RequestError("the prompt is empty; send at least one token of text", field=field)
         return prompts
 
-    async def _echoes(self, body: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+    async def _encode(self, texts: list[str]) -> list[Prompt]:
+        """The tokens of texts, which the server's separator, if it has one, may cut into segments."""
+        separator = self._service.config.segment_separator
+        if separator and any(separator in text for text in texts):
+            return [
+                await self._service.text.encode_parts(split_text(text, separator))
+                if separator in text
+                else Prompt(await self._service.text.encode(text))
+                for text in texts
+            ]
+        return [Prompt(tokens) for tokens in await self._service.text.encode_all(texts)]
+
+    async def _echoes(self, body: CompletionRequest, prompts: list[Prompt]) -> list[str]:
         """What to put before each prompt's answers."""
         if not body.echo:
             return [""] * len(prompts)
-        if isinstance(body.prompt, str):
-            return [body.prompt]
-        return [
-            given if isinstance(given, str) else await self._service.text.decode(tokens)
-            for given, tokens in zip(body.prompt, prompts, strict=False)  # a single token list is longer than its list
-        ]
+        if body.segments is not None:
+            pieces = [segment.content for segment in body.segments]
+            return ["".join([each if isinstance(each, str) else await self._decode(each) for each in pieces])]
+        separator = self._service.config.segment_separator
+        given = _given(body)
+        if separator:
+            given = [each.replace(separator, "") if isinstance(each, str) else each for each in given]
+        return [each if isinstance(each, str) else await self._decode(each) for each in given]
+
+    async def _decode(self, tokens: list[int]) -> str:
+        return await self._service.text.decode(tokens)
+
+
+def _given(body: CompletionRequest) -> list[Any]:
+    """The prompts as a list: of texts, or of lists of tokens."""
+    prompt = body.prompt
+    return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt or ())
+
+
+def _parts(segments: list[SegmentBody]) -> list[Part]:
+    return [Part(segment.kind, segment.content, segment.id or "") for segment in segments]
 
 
 def _refuse_unsupported(body: CompletionRequest) -> None:
+    if body.prompt is None and body.segments is None:
+        raise RequestError("the prompt is missing; send prompt, or segments in place of it", field="prompt")
+    if body.prompt is not None and body.segments is not None:
+        raise RequestError("segments stand in place of prompt; send one of the two", field="segments")
     if body.suffix:
         raise RequestError("suffix is not supported: this model only continues text; leave it out", field="suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):

@@ -38,6 +38,8 @@ class ServerConfig:
     """API key -> the fastest its readers are believed to be."""
     pace: bool = False
     """Send tokens as they are read, `PACE_LEAD` seconds ahead, and not as they are made."""
+    segment_separator: str = ""
+    """What divides a plain prompt's text into segments; empty: nothing does."""
     request_timeout: float = 600.0
     restart_wait: float = 20.0
     """How long a request waits for an engine that is starting before it is answered with 503."""

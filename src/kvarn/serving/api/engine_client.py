@@ -29,6 +29,7 @@ from kvarn.serving.api.messages import (
     EngineStats,
     FromEngine,
     Ready,
+    RoundsReport,
     Shutdown,
     StepOutputs,
     StreamsReport,
@@ -39,6 +40,7 @@ from kvarn.serving.api.messages import (
     Told,
     Watch,
     WatchAgents,
+    WatchRounds,
 )
 from kvarn.serving.api.speed import Speed
 
@@ -162,7 +164,14 @@ class EngineLink:
         self._send(WatchAgents(limit))
         return await question
 
-    def note_report(self, report: StreamsReport | AgentsReport) -> None:
+    async def report_rounds(self, limit: int) -> RoundsReport | None:
+        """As that, of the last `limit` rounds."""
+        question: asyncio.Future[RoundsReport | None] = asyncio.get_running_loop().create_future()
+        self._questions.append(question)
+        self._send(WatchRounds(limit))
+        return await question
+
+    def note_report(self, report: StreamsReport | AgentsReport | RoundsReport) -> None:
         """Hand a report to who asked first."""
         self._note_stats(report.stats)
         question = self._questions.popleft()

@@ -25,10 +25,12 @@ from kvarn.serving.api.messages import Submit, TokenOutput
 from kvarn.serving.api.metrics import Metrics
 from kvarn.serving.api.pacing import PacedMailbox
 from kvarn.serving.api.recorder import FinishedSequence
+from kvarn.serving.api.segments import Prompt
 from kvarn.serving.api.stops import StopStrings
 from kvarn.serving.batch import TokenLogprobs
 from kvarn.serving.reader import DEFAULT_RATE
 from kvarn.serving.request import FinishReason
+from kvarn.serving.rounds.hints import RoundHint
 from kvarn.serving.sampling.params import UNSET_SEED, SamplingParams
 
 
@@ -37,7 +39,7 @@ class Ask:
     """What one HTTP request wants from the engine."""
 
     endpoint: str
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     params: SamplingParams
     n: int = 1
     """Sequences for each prompt."""
@@ -54,6 +56,7 @@ class Ask:
     """Whether the model may answer with calls."""
     continues: str = ""
     """The engine request whose calls this one has the results of."""
+    round: RoundHint | None = None
 
     @property
     def is_single(self) -> bool:
@@ -79,6 +82,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reused_tokens: int = 0
+    """Prompt tokens whose KV was that of shared segments."""
 
     @property
     def total_tokens(self) -> int:
@@ -90,15 +95,20 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.total_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": self.prompt_details(),
         }
+
+    def prompt_details(self) -> dict[str, int]:
+        """Where the KV of prompt tokens came from, if it was not computed."""
+        reused = {"reused_tokens": self.reused_tokens} if self.reused_tokens else {}
+        return {"cached_tokens": self.cached_tokens} | reused
 
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
     index: int
     id: str
-    prompt: list[int]
+    prompt: Prompt
     params: SamplingParams
     decoder: IncrementalDecoder
     stops: StopStrings
@@ -106,6 +116,7 @@ class _Sequence:
     times: list[float] = field(default_factory=list)
     """Seconds since the request's arrival."""
     cached_tokens: int = 0
+    reused_tokens: int = 0
     finish_reason: str | None = None
 
 
@@ -143,7 +154,7 @@ class Generation:
                 f"{id}-{index}",
                 ask.prompts[index // ask.n],
                 _params_of(ask.params, index % ask.n),
-                new_decoder(ask.show_special, ask.prompts[index // ask.n]),
+                new_decoder(ask.show_special, ask.prompts[index // ask.n].tokens),
                 StopStrings(ask.stops, include=ask.include_stop),
             )
             for index in range(len(ask.prompts) * ask.n)
@@ -156,7 +167,7 @@ class Generation:
         ask, hints = self.ask, self.ask.hints
         return Submit(
             sequence.id,
-            sequence.prompt,
+            sequence.prompt.tokens,
             sequence.params,
             ask.tenant,
             hints.priority,
@@ -166,6 +177,8 @@ class Generation:
             continues=ask.continues,
             may_call=ask.is_single and (ask.tools or hints.agent is not None or hints.retain_seconds > 0),
             retain_seconds=hints.retain_seconds,
+            segments=sequence.prompt.segments,
+            round=ask.round,
         )
 
     def __enter__(self) -> Self:
@@ -185,9 +198,10 @@ class Generation:
         """Each prompt counts once, however many sequences it has."""
         firsts = self.sequences[:: self.ask.n]
         return Usage(
-            sum(len(sequence.prompt) for sequence in firsts),
+            sum(len(sequence.prompt.tokens) for sequence in firsts),
             sum(len(sequence.tokens) for sequence in self.sequences),
             sum(sequence.cached_tokens for sequence in firsts),
+            sum(sequence.reused_tokens for sequence in firsts),
         )
 
     def acknowledge(self, index: int, tokens: int, fastest: float) -> None:
@@ -234,7 +248,7 @@ class Generation:
             raise _failure(output)
         if output.tokens:
             if not sequence.tokens:
-                sequence.cached_tokens = output.cached_tokens
+                sequence.cached_tokens, sequence.reused_tokens = output.cached_tokens, output.reused_tokens
             self._note_times(sequence, len(output.tokens), now)
         for position, token in enumerate(output.tokens):
             sequence.tokens.append(token)
@@ -297,7 +311,7 @@ class Generation:
             arrival=self._unix_arrival,
             monotonic_arrival=self._arrival,
             tenant=self.ask.tenant,
-            prompt=sequence.prompt,
+            prompt=sequence.prompt.tokens,
             output=sequence.tokens,
             cached_tokens=sequence.cached_tokens,
             token_times=sequence.times,
@@ -306,6 +320,9 @@ class Generation:
             stream_rate=self.ask.stream_rate,
             agent=self.ask.hints.agent,
             continues=self.ask.continues,
+            segments=sequence.prompt.segments,
+            round=self.ask.round,
+            reused_tokens=sequence.reused_tokens,
         )
 
 
@@ -330,7 +347,8 @@ def _failure(output: TokenOutput) -> Exception:
     if output.finish_reason == FinishReason.CANCELLED:
         return Unavailable("the request was cancelled by the server", retry_after=2)
     if output.error_field is not None:
-        return RequestError(message, field=output.error_field or None)
+        code = "conflict" if output.error_status == 409 else None
+        return RequestError(message, field=output.error_field or None, code=code, status=output.error_status)
     return GenerationFailed(message)
 
 

@@ -12,6 +12,8 @@ from kvarn.serving.agents.events import AgentEvent, CallReport
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.batch import TokenLogprobs
 from kvarn.serving.reader import DEFAULT_RATE
+from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds_report import RoundFacts, RoundReport
 from kvarn.serving.sampling.params import SamplingParams
 
 # ---- API -> engine ---------------------------------------------------------------------------------------
@@ -34,6 +36,9 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     """It may end with a tool call: worth remembering after its end."""
     retain_seconds: float = UNKNOWN
     """How long its client wants its KV kept after its end; 0: not at all."""
+    segments: tuple[Segment, ...] = ()
+    """The parts of its prompt, which they cover; empty where its client says none."""
+    round: RoundHint | None = None
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True):
@@ -62,6 +67,13 @@ class WatchAgents(msgspec.Struct, tag="watch_agents", array_like=True):
     """Programs to tell of at most."""
 
 
+class WatchRounds(msgspec.Struct, tag="watch_rounds", array_like=True):
+    """What of rounds? Answered by one RoundsReport, in order with the answers to Watch."""
+
+    limit: int
+    """Rounds to tell of at most."""
+
+
 class Tell(msgspec.Struct, tag="tell", array_like=True):
     """News of a tool call, or a question where it stands: answered by one Told with the same number."""
 
@@ -74,7 +86,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once. (Draining is the API's work: it stops admitting and waits.)"""
 
 
-ToEngine = Submit | Cancel | Acknowledge | Watch | WatchAgents | Tell | Shutdown
+ToEngine = Submit | Cancel | Acknowledge | Watch | WatchAgents | WatchRounds | Tell | Shutdown
 
 # ---- engine -> API ---------------------------------------------------------------------------------------
 
@@ -112,9 +124,13 @@ class TokenOutput(msgspec.Struct, array_like=True):
     """Beside `tokens` when asked for."""
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache; valid with the first token."""
+    reused_tokens: int = 0
+    """Prompt tokens whose KV is that of shared segments; valid with the first token."""
     error: str | None = None
     error_field: str | None = None
-    """With finish_reason "error": what to tell the client; error_field set means the input was at fault (HTTP 400)."""
+    """With finish_reason "error": what to tell the client; error_field set means the input was at fault."""
+    error_status: int = 400
+    """Of HTTP, where the input was at fault."""
 
 
 class AgentStats(msgspec.Struct, array_like=True):
@@ -191,6 +207,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     """Requests whose KV is on its way back to the device."""
     agents: AgentStats | None = None
     """None where the policy knows no agents."""
+    rounds: RoundFacts | None = None
+    """None where nothing collects rounds."""
 
 
 class StepOutputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -286,6 +304,13 @@ class AgentsReport(msgspec.Struct, tag="agents", array_like=True):
     programs: list[ProgramReport]
 
 
+class RoundsReport(msgspec.Struct, tag="rounds", array_like=True):
+    """The last rounds, the newest first."""
+
+    stats: EngineStats
+    rounds: list[RoundReport]
+
+
 class Told(msgspec.Struct, tag="told", array_like=True):
     """What became of a Tell: a report, or why it was refused."""
 
@@ -304,4 +329,4 @@ class StartFailed(msgspec.Struct, tag="start_failed", array_like=True):
     message: str
 
 
-FromEngine = Loading | Ready | StepOutputs | StreamsReport | AgentsReport | Told | StartFailed
+FromEngine = Loading | Ready | StepOutputs | StreamsReport | AgentsReport | RoundsReport | Told | StartFailed

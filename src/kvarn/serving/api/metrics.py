@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from kvarn.serving.api.agent_metrics import AgentMetrics
 from kvarn.serving.api.messages import EngineStats
+from kvarn.serving.api.round_metrics import RoundMetrics
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS: Final = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.4, 0.8, 2, 5)
@@ -84,6 +85,7 @@ class Metrics:
         )
         self._totals = [(field, Counter(name, help, registry=registry)) for field, name, help in _ENGINE_TOTALS]
         self.agents = AgentMetrics(registry)
+        self.rounds = RoundMetrics(registry)
         self._last = EngineStats()
         self._was_up = False
 
@@ -105,6 +107,8 @@ class Metrics:
         self._last = stats
         if stats.agents is not None:
             self.agents.note(stats.agents)
+        if stats.rounds is not None:
+            self.rounds.note(stats.rounds)
 
     def engine_is_up(self, up: bool) -> None:
         if up and self._was_up:
@@ -113,6 +117,7 @@ class Metrics:
         self.engine_up.set(up)
         self._last = EngineStats()
         self.agents.restart()
+        self.rounds.restart()
         self.waiting.set(0)
         self.running.set(0)
         self.loading.set(0)

@@ -6,7 +6,9 @@ disk. A disk that fails ends recording with one warning, and serving goes on. `c
 A line: id, arrival (Unix seconds), time (seconds since the server started), prompt_tokens, output_tokens,
 cached_tokens, block_size, block_hashes (chained, one a full prompt block, salted by tenant), token_times (seconds
 since arrival), finish_reason, params; where a client told of its agent also program, agent and node, and `continues`:
-the id of the sequence whose tool call this one answered; with content also prompt and output token ids.
+the id of the sequence whose tool call this one answered; where it told of them `segments` (kind, tokens, maybe id, and
+of shared ones a hash of the tokens) with reused_tokens, and `round` (id, size, maybe agent); with content also prompt
+and output token ids.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from kvarn.errors import KvarnError
 from kvarn.serving.agents.hints import AgentHints
 from kvarn.serving.kvcache.prefix import chain_hashes
+from kvarn.serving.rounds.hints import RoundHint, Segment
 from kvarn.serving.sampling.params import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -50,6 +53,9 @@ class FinishedSequence:
     agent: AgentHints | None = None
     continues: str = ""
     """The sequence whose tool call it answered."""
+    segments: tuple[Segment, ...] = ()
+    round: RoundHint | None = None
+    reused_tokens: int = 0
 
 
 class Recorder:
@@ -114,6 +120,10 @@ class Recorder:
         agent = sequence.agent or AgentHints()
         told = {"program": agent.program, "agent": agent.agent, "node": agent.node, "continues": sequence.continues}
         line |= {name: value for name, value in told.items() if value}
+        if sequence.segments:
+            line["segments"], line["reused_tokens"] = _segments(sequence), sequence.reused_tokens
+        if sequence.round is not None:
+            line["round"] = msgspec.to_builtins(sequence.round)
         if not self._content:
             # A grammar and a bias may quote the user: they are content too.
             line["params"]["grammar"] = sequence.params.grammar.kind if sequence.params.grammar else None
@@ -121,3 +131,16 @@ class Recorder:
         else:
             line["prompt"], line["output"] = sequence.prompt, sequence.output
         return msgspec.json.encode(line) + b"\n"
+
+
+def _segments(sequence: FinishedSequence) -> list[dict[str, Any]]:
+    """What the parts of a prompt are, and for each shared one a hash of its tokens: equal ones are equal."""
+    lines, place, prompt = [], 0, np.array(sequence.prompt, dtype=np.int32)
+    for segment in sequence.segments:
+        line = msgspec.to_builtins(segment)
+        if segment.kind == "shared":
+            tokens = prompt[place : place + segment.tokens]
+            line["hash"] = chain_hashes(tokens, segment.tokens, sequence.tenant)[0].hex()
+        lines.append(line)
+        place += segment.tokens
+    return lines

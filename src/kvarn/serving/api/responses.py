@@ -50,7 +50,7 @@ class Responses:
         plan = _tool_plan(body)
         prompt = await service.text.encode_chat(_messages(body), plan.offered, {})
         max_tokens = output_limit(
-            len(prompt),
+            len(prompt.tokens),
             body.max_output_tokens,
             service.config.default_max_tokens,
             ready.max_context,
@@ -74,6 +74,7 @@ class Responses:
             hints=service.hints(request, body),
             tools=bool(plan.offered),
             continues=service.calls.request_of(tenant, _answered_calls(body)),
+            round=body.round_hint,
         )
         generation = service.generate(new_id("resp_"), ask, link, arrival, streams=bool(body.stream))
         answer = _Answer(service, generation, plan, body)
@@ -316,7 +317,7 @@ def _text_format(body: ResponsesRequest) -> dict[str, Any]:
 def _usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "input_tokens_details": usage.prompt_details() | {"cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.total_tokens,

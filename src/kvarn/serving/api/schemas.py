@@ -9,11 +9,13 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from kvarn.serving.api.hint_schemas import Body, HintFields
+from kvarn.serving.api.hint_schemas import Body, HintFields, Name
 from kvarn.serving.api.hints import LONGEST_SECONDS, LONGEST_TEXT
+from kvarn.serving.api.segments import MOST_SEGMENTS
 from kvarn.serving.reader import FASTEST, SLOWEST
+from kvarn.serving.rounds.hints import SegmentKind
 from kvarn.serving.sampling.params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 MAX_N = 128
@@ -80,13 +82,23 @@ class ToolCall(Body):
     function: FunctionCall
 
 
-class ContentPart(Body):
+SEGMENT = "extension; a shared text is the same tokens wherever it stands, so its KV can be reused"
+
+
+class Marks(Body):
+    """What a text is to the agents that get it."""
+
+    segment: SegmentKind | None = Field(None, description=SEGMENT)
+    segment_id: Name | None = Field(None, description="extension; what the client calls a shared text")
+
+
+class ContentPart(Marks):
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-class Message(Body):
+class Message(Marks):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
@@ -157,8 +169,21 @@ Prompt = (
 )
 
 
+class SegmentBody(Body):
+    kind: SegmentKind
+    content: str | Annotated[list[Token], Field(fail_fast=True)] = Field(description="text or token ids")
+    id: Name | None = Field(None, description="what the client calls it")
+
+
 class CompletionRequest(SamplingFields):
-    prompt: Prompt
+    """With a prompt, or with the segments of one."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["segments"]}]})
+
+    prompt: Prompt | None = None
+    segments: Annotated[list[SegmentBody], Field(max_length=MOST_SEGMENTS, fail_fast=True)] | None = Field(
+        None, description="extension; in place of prompt: its parts, each made into tokens on its own"
+    )
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -273,7 +298,7 @@ class ResponsesRequest(HintFields):
 
 
 def messages_json(messages: list[Message] | None) -> list[JsonObject]:
-    """Messages as chat templates read them."""
+    """Messages as chat templates read them, with the marks of shared texts."""
     return [message.model_dump(exclude_none=True) for message in messages or ()]
 
 

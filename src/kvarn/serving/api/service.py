@@ -141,10 +141,11 @@ class Service:
         assert link.ready is not None
         ask.params.validate(link.ready.vocab_size)
         for prompt in ask.prompts:
-            worst = max(prompt)
+            worst = max(prompt.tokens)
             if worst >= link.ready.vocab_size:
                 raise RequestError(
-                    f"the prompt has token {worst}; the vocabulary is 0 to {link.ready.vocab_size - 1}", field="prompt"
+                    f"the prompt has token {worst}; the vocabulary is 0 to {link.ready.vocab_size - 1}",
+                    field="segments" if prompt.segments else "prompt",
                 )
         if self.draining:
             raise Unavailable("the server is shutting down; send the request again to its successor", retry_after=5)

@@ -57,7 +57,8 @@ class Tokens:
         if body.prompt is not None:
             tokens = await service.text.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
-            tokens = await service.text.encode_chat(messages_json(body.messages), tools_json(body.tools), {})
+            prompt = await service.text.encode_chat(messages_json(body.messages), tools_json(body.tools), {})
+            tokens = prompt.tokens
         link = service.supervisor.link
         answer: dict[str, object] = {
             "count": len(tokens),

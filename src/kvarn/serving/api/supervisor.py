@@ -27,6 +27,7 @@ from kvarn.serving.api.messages import (
     EngineStats,
     Loading,
     Ready,
+    RoundsReport,
     StartFailed,
     StepOutputs,
     StreamsReport,
@@ -175,7 +176,7 @@ class EngineSupervisor:
                     link.deliver(step)
                     if step.stats is not None:
                         self._on_stats(step.stats)
-                case StreamsReport() | AgentsReport() as report:
+                case StreamsReport() | AgentsReport() | RoundsReport() as report:
                     link.note_report(report)
                 case Told() as told:
                     link.note_told(told)

@@ -9,6 +9,7 @@ from kvarn.errors import RequestError
 from kvarn.serving.api.generation import Ask
 from kvarn.serving.api.hints import Hints
 from kvarn.serving.api.schemas import ResponseFormat, SamplingFields, TextFormat
+from kvarn.serving.api.segments import Prompt, require_single
 from kvarn.serving.sampling.params import UNSET_SEED, Grammar, SamplingParams
 
 
@@ -42,13 +43,15 @@ def sampling_params(
 def ask_of(
     body: SamplingFields,
     endpoint: str,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     params: SamplingParams,
     tenant: str,
     stream_rate: float,
     hints: Hints,
 ) -> Ask:
-    """What a chat or plain completion wants from the engine, for prompts that are already tokens."""
+    """What a chat or plain completion wants from the engine, for prompts that are already tokens. Raises RequestError
+    where a round cannot have such a request."""
+    require_single(body.round_hint, prompts=len(prompts), answers=body.n or 1)
     return Ask(
         endpoint,
         prompts,
@@ -60,6 +63,7 @@ def ask_of(
         tenant=tenant,
         stream_rate=stream_rate,
         hints=hints,
+        round=body.round_hint,
     )
 
 

@@ -18,7 +18,8 @@ _FOLDER: Final = Path(__file__).parent
 _TYPES: Final = {".html": "text/html", ".css": "text/css", ".svg": "image/svg+xml", ".js": "text/javascript"}
 _PAGES: Final = {"/dashboard": "dashboard.html"}
 _PARTS: Final = (
-    "icon.svg", "style.css", "agents.css", "client.js", "parts.js", "dashboard.js", "agents.js", "graph.js", "layout.js"
+    "icon.svg", "style.css", "agents.css", "client.js", "parts.js", "dashboard.js", "agents.js", "graph.js",
+    "layout.js", "rounds.js",
 )  # fmt: skip
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "

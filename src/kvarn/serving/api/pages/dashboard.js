@@ -1,12 +1,14 @@
-// Polls /v1/streams, and /v1/agents half as often, and shows them. Text from the server goes into the page as text, never as markup.
+// Polls /v1/streams, and /v1/agents and /v1/rounds half as often, and shows them. Text from the server goes into the page as text, never as markup.
 
 import { showAgents } from "./agents.js";
 import { ask, NeedsKey, useKey } from "./client.js";
 import { byId, bytes, element, makeBar, seconds, setText, whole } from "./parts.js";
+import { showRounds } from "./rounds.js";
 
 const POLL = 500; // milliseconds between an answer and the next question
 const RETRY = 2000; // after a failure
 const PROGRAMS = 40; // to be told of; agents.js draws the first of them
+const ROUNDS = 8; // to be shown
 const SPAN = 180; // seconds that the chart shows
 const FULL_BUFFER = 20; // seconds that fill a buffer's bar
 const SHORT = 2, PLENTY = 10; // seconds of buffer below and above which they are called so
@@ -169,7 +171,10 @@ async function poll() {
   try {
     if (!document.hidden) {
       show(await ask("v1/streams"));
-      if (turn++ % 2 === 0) showAgents(await ask(`v1/agents?limit=${PROGRAMS}`));
+      if (turn++ % 2 === 0) {
+        showAgents(await ask(`v1/agents?limit=${PROGRAMS}`));
+        showRounds(await ask(`v1/rounds?limit=${ROUNDS}`));
+      }
       say("live", "good");
     }
   } catch (error) {
