@@ -17,11 +17,22 @@ from kvarn.serving.clock import MonotonicClock
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.policies.protocol import Decision, Snapshot
+from kvarn.serving.request import Request
+from kvarn.serving.rounds.hints import RoundHint, Segment
 from kvarn.simulation.assemble import simulated_engine
 from kvarn.simulation.prompts import prompt_tokens
 from kvarn.simulation.report import summarize
 from kvarn.simulation.runner import LEFT, Run, run
-from kvarn.simulation.workloads import Burst, Fixed, Poisson, RequestSpec, TruncatedNormal, synthesize, with_departures
+from kvarn.simulation.workloads import (
+    Burst,
+    Fixed,
+    Poisson,
+    RequestSpec,
+    SegmentSpec,
+    TruncatedNormal,
+    synthesize,
+    with_departures,
+)
 
 H200, LLAMA = load_accelerator("h200"), load_model_shape("llama3-8b")
 SPECS = synthesize(
@@ -50,6 +61,20 @@ def test_every_request_gets_all_its_tokens_in_order() -> None:
         assert len(record.token_times) == spec.output_tokens
         assert spec.arrival < record.token_times[0]
         assert list(record.token_times) == sorted(record.token_times)
+
+
+def test_the_engine_is_told_of_segments_and_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (
+        SegmentSpec(Segment("private", 20)),
+        SegmentSpec(Segment("shared", 40), 7),
+        SegmentSpec(Segment("task", 4)),
+    )
+    seen: list[Request] = []
+    add = Engine.add
+    monkeypatch.setattr(Engine, "add", lambda engine, request: (seen.append(request), add(engine, request)))
+    done = run(make_engine(), [RequestSpec(0.0, 64, 3, segments=parts, round=RoundHint("r", 1, "a"))])
+    assert done.records[0].ok
+    assert (seen[0].segments, seen[0].round) == (tuple(part.segment for part in parts), RoundHint("r", 1, "a"))
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "fcfs-conservative", "streaming"])

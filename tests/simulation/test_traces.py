@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.simulation.prompts import prompt_tokens
 from kvarn.simulation.traces import FORMATS, detect_format, load_trace
 from kvarn.simulation.workloads import RequestSpec, WorkloadError
 
@@ -79,6 +82,31 @@ def test_a_recorded_run_replays_with_its_shared_prefixes(tmp_path: Path) -> None
     assert first.prefix_block_tokens == 16
 
 
+def _with_segments(segments: str) -> str:
+    return f'{{"arrival": 1.0, "prompt_tokens": 4, "output_tokens": 5, "segments": {segments}}}\n'
+
+
+def test_segments_and_rounds_are_replayed(tmp_path: Path) -> None:
+    """Equal hashes are equal tokens wherever they stand; where nothing is told of parts there are none."""
+
+    def row(own: int, *hashes: str) -> dict[str, Any]:
+        shared = [{"kind": "shared", "tokens": 16, "hash": hash, "id": "x"} for hash in hashes]
+        parts = [{"kind": "private", "tokens": own}, *shared, {"kind": "task", "tokens": 4}]
+        told = {"segments": parts, "round": {"id": "r", "size": 2, "agent": str(own)}}
+        return {"arrival": 1.0, "prompt_tokens": own + 16 * len(hashes) + 4, "output_tokens": 3} | told
+
+    rows = [row(5, "aa" * 16, "bb" * 16), row(9, "bb" * 16), {"arrival": 2.0, "prompt_tokens": 20, "output_tokens": 1}]
+    first, second, plain = load_trace(write(tmp_path, "\n".join(map(json.dumps, rows))), "kvarn")
+    assert [part.segment for part in second.segments] == [
+        Segment("private", 9), Segment("shared", 16, "x"), Segment("task", 4)
+    ]  # fmt: skip
+    assert (first.round, second.round) == (RoundHint("r", 2, "5"), RoundHint("r", 2, "9"))
+    assert plain.segments == () and plain.round is None
+    one, other = prompt_tokens(first, 0, 1000), prompt_tokens(second, 1, 1000)
+    assert one[21:37].tolist() == other[9:25].tolist() != one[5:21].tolist()
+    assert one[:5].tolist() != other[:5].tolist()
+
+
 @pytest.mark.parametrize(
     ("format", "text", "said"),
     [
@@ -87,6 +115,8 @@ def test_a_recorded_run_replays_with_its_shared_prefixes(tmp_path: Path) -> None
         ("mooncake", "[1, 2]\n", "line 1 holds a list"),
         ("mooncake", '{"timestamp": "x", "input_length": 5, "output_length": 1}\n', "line 1"),
         ("kvarn", '{"arrival": 1.0, "prompt_tokens": 0, "output_tokens": 5}\n', "line 1: a request of 0 prompt"),
+        ("kvarn", _with_segments('[{"kind": "shared", "tokens": 3}]'), r"line 1: segments of \[3\] tokens"),
+        ("kvarn", _with_segments('[{"kind": "public", "tokens": 4}]'), "line 1: Invalid enum value 'public'"),
         ("azure", "time,in,out\n1,2,3\n", "line 2: no field 'TIMESTAMP'"),
         ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "line 2: Invalid isoformat"),
         ("burstgpt", "Timestamp,Request tokens,Response tokens\n1,many,2\n", "line 2"),

@@ -1,7 +1,7 @@
 """Token ids for simulated prompts: arithmetic in place of random draws, because nobody reads them.
 
-What matters of a simulated prompt is its length and which prefix it shares: blocks of equal id are equal, all others
-differ.
+What matters of a simulated prompt is its length and what it shares: blocks of equal id and segments of equal content
+are equal, all others differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ def prompt_tokens(spec: RequestSpec, index: int, vocabulary: int) -> NDArray[np.
     blocks = np.repeat(np.array(spec.prefix_ids, dtype=np.uint64), width)[:shared]
     seeds = np.full(spec.prompt_tokens, _OWN + index, dtype=np.uint64)
     seeds[:shared] = blocks
-    return mixed_tokens(seeds, vocabulary)
+    tokens, place = mixed_tokens(seeds, vocabulary), 0
+    for part in spec.segments:
+        count = part.segment.tokens
+        if part.segment.kind == "shared":  # the same wherever it stands
+            tokens[place : place + count] = mixed_tokens(np.full(count, part.content, dtype=np.uint64), vocabulary)
+        place += count
+    return tokens
 
 
 def mixed_tokens(seeds: NDArray[np.uint64], vocabulary: int) -> NDArray[np.int32]:

@@ -128,7 +128,10 @@ class _Readers:
         prompt = prompt_tokens(spec, index, self.engine.vocab_size)
         params = _params(spec, self.engine.vocab_size)
         rate = spec.declared_rate or spec.stream_rate or DEFAULT_RATE
-        request = Request.create(str(index), prompt, params, arrival=spec.arrival, stream_rate=rate)
+        request = Request.create(
+            str(index), prompt, params, arrival=spec.arrival, stream_rate=rate,
+            segments=tuple(part.segment for part in spec.segments), round=spec.round,
+        )  # fmt: skip
         try:
             self.engine.add(request)
         except RequestError as error:

@@ -16,8 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvarn.errors import reason
-from kvarn.simulation.workloads import RequestSpec, WorkloadError
+from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.simulation.workloads import RequestSpec, SegmentSpec, WorkloadError
 
 MOONCAKE_BLOCK_TOKENS = 512
 _HUMAN = {"human", "user"}
@@ -109,7 +112,8 @@ def load_sharegpt(path: Path, count_tokens: Callable[[str], int]) -> list[Reques
 
 
 def load_record(path: Path) -> list[RequestSpec]:
-    """What `kvarn serve --record` writes: `arrival` in s, lengths in tokens, `block_hashes` (hex), `block_size`.
+    """What `kvarn serve --record` writes: `arrival` in s, lengths in tokens, `block_hashes` (hex), `block_size`; maybe
+    `segments` and `round`.
 
     Its lines are in the order in which requests finished; the result is in the order of arrival.
     """
@@ -117,13 +121,23 @@ def load_record(path: Path) -> list[RequestSpec]:
     def spec(row: dict[str, Any]) -> RequestSpec | None:
         if not row["output_tokens"]:
             return None
-        hashes = tuple(int(block[:15], 16) for block in row.get("block_hashes") or ())  # 60 bits: fits an int64
+        hashes = tuple(map(_id_of, row.get("block_hashes") or ()))
+        segments = tuple(
+            SegmentSpec(msgspec.convert(part, Segment), _id_of(part.get("hash", "0")))
+            for part in row.get("segments") or ()
+        )
+        round = msgspec.convert(row.get("round"), RoundHint | None)
         return RequestSpec(
             row["arrival"], row["prompt_tokens"], row["output_tokens"], row.get("stream_rate"),
             prefix_ids=hashes, prefix_block_tokens=row.get("block_size", 16), session=row.get("session"),
+            segments=segments, round=round,
         )  # fmt: skip
 
     return _from_zero(_collect(path, _json_lines(path), spec))
+
+
+def _id_of(hash: str) -> int:
+    return int(hash[:15], 16)  # 60 bits: fits an int64
 
 
 _LOADERS = {"mooncake": load_mooncake, "azure": load_azure, "burstgpt": load_burstgpt, "kvarn": load_record}
@@ -147,7 +161,7 @@ def _collect(
             one = spec(row)
         except KeyError as error:
             raise WorkloadError(f"{path} line {line}: no field {error}; is the trace format the right one?") from error
-        except (TypeError, ValueError, AttributeError, WorkloadError) as error:
+        except (TypeError, ValueError, AttributeError, WorkloadError, msgspec.ValidationError) as error:
             raise WorkloadError(f"{path} line {line}: {error}") from error
         if one is not None:
             found.append(one)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.errors import KvarnError
+from kvarn.serving.rounds.hints import RoundHint, Segment
 
 Seconds = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -25,6 +26,15 @@ Counts = NDArray[np.int64]
 
 class WorkloadError(KvarnError):
     """A workload is asked for that cannot exist: no requests, a negative rate, an unreadable trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSpec:
+    """A part of a prompt to come."""
+
+    segment: Segment
+    content: int = 0
+    """What a shared part says: equal ones are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,10 @@ class RequestSpec:
     """Conversation or agent this request belongs to."""
     leaves_after: float | None = None
     """Seconds after its arrival at which the client goes, whatever it has got by then; None where it stays."""
+    segments: tuple[SegmentSpec, ...] = ()
+    """The parts of its prompt, which they cover; empty where nothing is known of them."""
+    round: RoundHint | None = None
+    """The round it belongs to."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.arrival) and self.arrival >= 0):
@@ -64,6 +78,9 @@ class RequestSpec:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise WorkloadError(f"{name} is {rate}; expected tokens per second above 0, or None")
+        lengths = [part.segment.tokens for part in self.segments]
+        if lengths and (sum(lengths) != self.prompt_tokens or min(lengths) < 1):
+            raise WorkloadError(f"segments of {lengths} tokens; expected 1 or more, and {self.prompt_tokens} in all")
         if self.leaves_after is not None and not self.leaves_after > 0:
             raise WorkloadError(f"leaves_after is {self.leaves_after}; expected seconds above 0, or None")
 

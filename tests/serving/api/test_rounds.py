@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from kvarn.serving.api.answer_schemas import Round, RoundTotals
 from kvarn.serving.api.messages import EngineStats
 from kvarn.serving.api.metrics import Metrics
 from kvarn.serving.rounds_report import RoundFacts, RoundReport
+from kvarn.simulation.traces import load_trace
 from tests.serving.api.conftest import Server
 from tests.serving.api.test_bad_input import CHAT, MESSAGES, post
 
@@ -149,6 +153,25 @@ def test_an_agent_that_is_twice_in_a_round_is_told_of_the_conflict(server: Serve
     status, error = post(server, CHAT, body)
     assert (status, error["param"], error["code"]) == (409, "round.agent", "conflict")
     assert "'r1'" in error["message"]
+
+
+def test_recorded_segments_and_rounds_can_be_replayed(start: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with start(record=str(trace)) as server:
+        for number, agent in enumerate("ab"):
+            own = {"kind": "private", "content": f"I am {agent}. " * (3 + number)}
+            send(server, PLAIN, segments=[own, PARTS[1]], round=ROUND | {"agent": agent})
+        send(server, PLAIN, prompt="x")
+        wanted = shared_tokens(server.engine_log("submit")[0])[0]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert [line.get("reused_tokens") for line in lines] == [len(wanted), len(wanted), None]
+    assert TEXT not in trace.read_text() and not {"segments", "round"} & lines[2].keys()
+    specs = load_trace(trace, "kvarn")
+    assert [spec.round and spec.round.agent for spec in specs] == ["a", "b", None]
+    assert specs[0].segments[1] == specs[1].segments[1] and specs[0].segments[1].segment.id == "news"
+    assert specs[0].segments[1].content and specs[0].prompt_tokens != specs[1].prompt_tokens
 
 
 # ---- what is told of rounds ------------------------------------------------------------------------------
