@@ -54,6 +54,14 @@ def test_a_society_talks_on_kvarn(server: ServerProcess, arguments: tuple[str, .
         assert turn["ready"] <= turn["sent"] < turn["first_token"] <= turn["end"]
 
 
+def test_kvarn_is_told_of_segments_and_computes_the_same(server: ServerProcess) -> None:
+    told, plain = (
+        bench(f"{server.url}/v1", *SMALL, "--seed", "7", *more) for more in ([], ["--plain"])
+    )
+    assert told["conditions"]["server"]["segments"]
+    assert (told["prompt_tokens"], told["output_tokens"]) == (plain["prompt_tokens"], plain["output_tokens"])
+
+
 def test_a_server_that_takes_segments_gets_the_tokens_that_others_get_as_a_prompt() -> None:
     with OpenAIServer() as told:
         report = bench(told.url, *SMALL, "--model", "parts")

@@ -1,4 +1,4 @@
-"""A server on loopback that answers chat completions by rote and records what it is told of tool calls."""
+"""A server on loopback that answers completions by rote and records what it is asked, and told of tool calls."""
 
 from __future__ import annotations
 
@@ -19,14 +19,26 @@ class RecordingServer(ThreadingHTTPServer):
         self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
         self.events: list[dict[str, Any]] = []
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
-        """Headers, by lower-case name, and bodies of chat completions."""
+        """Headers, by lower-case name, and bodies of completions."""
         self.event_status = 200
+        self.together = threading.Barrier(1)
+        """Completions are answered when so many are there."""
 
     def answer(self, headers: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
         self.requests.append((headers, body))
         number = len(self.requests)
+        self.together.wait(20)
+        usage = {
+            "prompt_tokens": 9,
+            "completion_tokens": 1,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 2, "reused_tokens": 3},
+        }
+        if "segments" in body:
+            choice = {"index": 0, "text": "It is done.", "token_ids": [5, 6], "finish_reason": "stop"}
+            return {"id": f"text-{number}", "object": "text_completion", "choices": [choice], "usage": usage}
         message: dict[str, Any] = {"role": "assistant", "content": "It is done."}
-        if body["messages"][-1]["role"] != "tool":
+        if body.get("tools") and body["messages"][-1]["role"] != "tool":
             names = [tool["function"]["name"] for tool in body.get("tools", ())]
             calls = [
                 {
@@ -43,7 +55,7 @@ class RecordingServer(ThreadingHTTPServer):
             "created": 1,
             "model": body["model"],
             "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+            "usage": usage,
         }
 
 
@@ -56,6 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/agents/events":
             self.server.events.append(body | ({"key": headers["authorization"]} if "authorization" in headers else {}))
             self._send(self.server.event_status, {"object": "agent.call"})
+            return
+        if body["model"] == "none":
+            self._send(404, {"error": {"message": "there is no such model"}})
             return
         answer = self.server.answer(headers, body)
         if body.get("stream"):
