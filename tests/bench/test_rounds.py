@@ -55,9 +55,7 @@ def test_a_society_talks_on_kvarn(server: ServerProcess, arguments: tuple[str, .
 
 
 def test_kvarn_is_told_of_segments_and_computes_the_same(server: ServerProcess) -> None:
-    told, plain = (
-        bench(f"{server.url}/v1", *SMALL, "--seed", "7", *more) for more in ([], ["--plain"])
-    )
+    told, plain = (bench(f"{server.url}/v1", *SMALL, "--seed", "7", *more) for more in ([], ["--plain"]))
     assert told["conditions"]["server"]["segments"]
     assert (told["prompt_tokens"], told["output_tokens"]) == (plain["prompt_tokens"], plain["output_tokens"])
 
