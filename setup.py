@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/kvarn/kernels/cpu")
 TORCH_SOURCES = [
-    "attention_plan.cpp", "llama.cpp", "ops_attention.cpp", "ops_linear.cpp", "ops_llama.cpp", "ops_restore.cpp",
-    "ops_rowwise.cpp", "ops_sampling.cpp", "team.cpp", "tensors.cpp", "variants.cpp",
+    "attention_plan.cpp", "attention_views.cpp", "llama.cpp", "ops_attention.cpp", "ops_linear.cpp", "ops_llama.cpp",
+    "ops_restore.cpp", "ops_rowwise.cpp", "ops_sampling.cpp", "team.cpp", "tensors.cpp", "variants.cpp",
 ]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"]
 VNNI = [*AVX512, "-mavx512vnni"]

@@ -15,6 +15,7 @@ import torch
 import kvarn.kernels
 from kvarn.kernels import ops
 from tests.kernels.paged import Sequence, make_case
+from tests.kernels.shared import make_shared_case
 
 
 def samples() -> dict[str, tuple[Any, ...]]:
@@ -24,11 +25,17 @@ def samples() -> dict[str, tuple[Any, ...]]:
         dtype=torch.float32, kv_heads=2, group=2, head_dim=16, block_size=16, holes=0.1, permuted=True, fused=True,
         seed=1, options={},
     )  # fmt: skip
+    shared = make_shared_case(
+        [Sequence(20, 1), Sequence(30, 5)], [40],
+        most_viewers=9, rotary=16, factor=1.0, dtype=torch.float32, kv_heads=2, group=2, head_dim=16, block_size=16,
+        holes=0.1, permuted=True, fused=True, seed=1, options={},
+    )  # fmt: skip
     key, slots = torch.randn(6, 2, 16), torch.arange(6, dtype=torch.int32)
     kv, cos_sin = torch.randn(4, 3, 2, 2, 16, 16)[:, 1], torch.randn(50, 16)
     x, weight, ones = torch.randn(6, 32), torch.randn(32), torch.ones(6, dtype=torch.float64)
     return {
         "paged_attention": (*case.tensors.values(), case.scale),
+        "shared_attention": (*shared.tensors.values(), shared.scale),
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, torch.randn(6, 32), weight, 1e-5),
         "rope_and_cache": (torch.randn(6, 4, 16), key, key.clone(), cos_sin, slots, kv, slots),

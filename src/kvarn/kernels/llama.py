@@ -93,15 +93,17 @@ class NativeLlama:
         logit_rows: Tensor,
         pages: Tensor,
         slot_positions: Tensor,
+        views: Sequence[Tensor] = (),
     ) -> Tensor:
         """Writes keys and values into `pages` and returns logits [R, vocabulary] float32.
 
         `inputs` [T, hidden] are the embeddings of the tokens; the rest as in `kvarn.models.spec.ForwardBatch` and
-        `KVMemory`, `logit_rows` rising. Raises RuntimeError for what does not fit the model.
+        `KVMemory`, `logit_rows` rising; `views` are the five tensors of `SharedViews`, or none.
+        Raises RuntimeError for what does not fit the model.
         """
         return self._forward(  # type: ignore[no-any-return]
             self._description, inputs, positions, slots, block_tables, kv_slots, query_starts, logit_rows, pages,
-            slot_positions, self.seconds,
+            slot_positions, self.seconds, *views,
         )  # fmt: skip
 
 

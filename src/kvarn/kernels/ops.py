@@ -48,6 +48,13 @@ _paged_attention = _declare(
     reference.paged_attention,
     _like_contiguous,
 )
+_shared_attention = _declare(
+    "shared_attention(Tensor query, Tensor kv, Tensor slot_positions, Tensor block_tables, Tensor kv_slots, "
+    "Tensor query_starts, Tensor positions, Tensor view_tables, Tensor view_slots, Tensor row_starts, Tensor rows, "
+    "Tensor shifts, Tensor cos_sin, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    reference.shared_attention,
+    _like_contiguous,
+)
 _rms_norm = _declare("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", reference.rms_norm, _like_contiguous)
 _add_rms_norm = _declare(
     "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
@@ -180,6 +187,46 @@ def paged_attention(
     return _paged_attention(  # type: ignore[no-any-return]
         query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, scale, window, softcap, sinks
     )
+
+
+def shared_attention(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    view_tables: Tensor,
+    view_slots: Tensor,
+    row_starts: Tensor,
+    rows: Tensor,
+    shifts: Tensor,
+    cos_sin: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` in which rows of several sequences also look at shared slots, each at positions of its own.
+
+    view_tables  [V, W] int32: block ids of each view in slot order
+    view_slots   [V] int32: how many leading slots of its block table make a view
+    row_starts   [V + 1] int32 from 0 to U: entries row_starts[v]:row_starts[v + 1] of `rows` and `shifts` are view v's
+    rows         [U] int32: query rows that look at it; a row may be in any number of views
+    shifts       [U] int32 in (-P, P): how much further on than in its slot a token stands for that row
+    cos_sin      [P, R] float32: what `rope_and_cache` rotated the queries and keys with
+    The others as for `paged_attention`.
+
+    For a row at position p and a shift d, a view's slot of position q holds the token of position q + d: it is seen if
+    q >= 0, q + d <= p and, with a window, p - q - d < window. Its key is rotated for q, so the row's query is turned
+    back by d positions, in float32, and rounded to its dtype. One softmax is over all that a row sees. A view's slots
+    are read once for all its rows. Source: arXiv 2402.05099 (Hydragen) joins shared and own parts like this.
+    """
+    return _shared_attention(  # type: ignore[no-any-return]
+        query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, view_tables, view_slots, row_starts,
+        rows, shifts, cos_sin, scale, window, softcap, sinks,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

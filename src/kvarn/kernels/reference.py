@@ -6,6 +6,8 @@ be read: one sequence at a time, gathers instead of pointers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,78 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
+    seen = _seen(
+        query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, scale, window, softcap
+    )  # fmt: skip
+    return _finished(seen, sinks, query.dtype)
+
+
+def shared_attention(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    view_tables: Tensor,
+    view_slots: Tensor,
+    row_starts: Tensor,
+    rows: Tensor,
+    shifts: Tensor,
+    cos_sin: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """A row and what it sees of a view of shift d are a row d positions before it and the view as it stands."""
+    options = (scale, window, softcap)
+    own = _seen(query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, *options)
+    rows = rows.long()
+    turned = _turned_back(query[rows], shifts, cos_sin)
+    viewed = _seen(
+        turned, kv, slot_positions, view_tables, view_slots, row_starts, positions[rows] - shifts, *options
+    )  # fmt: skip
+    maxima = own.maxima.scatter_reduce(0, rows[:, None].expand(viewed.maxima.shape), viewed.maxima, "amax")
+    finite = maxima.clamp(min=torch.finfo(maxima.dtype).min)
+    keep, add = (own.maxima - finite).exp(), (viewed.maxima - finite[rows]).exp()
+    totals = (own.totals * keep).index_add(0, rows, viewed.totals * add)
+    sums = (own.sums * keep[..., None]).index_add(0, rows, viewed.sums * add[..., None])
+    return _finished(_Seen(sums, maxima, totals), sinks, query.dtype)
+
+
+class _Seen(NamedTuple):
+    """What rows saw, before it is divided by the sum of weights: weights are exp(logit - maximum)."""
+
+    sums: Tensor
+    """[T, Hq, D]: of weighted values"""
+    maxima: Tensor
+    """[T, Hq]: -inf for a row that saw nothing"""
+    totals: Tensor
+    """[T, Hq]: of weights"""
+
+
+def _seen(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> _Seen:
     block_size = slot_positions.shape[1]
     num_heads, num_kv_heads = query.shape[1], kv.shape[2]
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    sums = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    maxima, totals = sums[..., 0].clone().fill_(float("-inf")), sums[..., 0].clone()
     starts = query_starts.tolist()
     for sequence, num_slots in enumerate(kv_slots.tolist()):
         rows = slice(starts[sequence], starts[sequence + 1])
-        if rows.start == rows.stop:
+        if rows.start == rows.stop or not num_slots:
             continue
         slots = torch.arange(num_slots, device=kv.device)
         blocks, offsets = block_tables[sequence].long()[slots // block_size], slots % block_size
@@ -42,15 +109,29 @@ def paged_attention(
         if softcap > 0:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~visible[:, None, None, :], float("-inf"))
-        if sinks is not None:
-            sink = sinks.float().view(1, num_kv_heads, -1, 1).expand(logits.shape[0], -1, -1, -1)
-            logits = torch.cat([logits, sink], dim=-1)
-        # Rows that may look at nothing have only -inf logits, whose softmax is NaN: they give zeros.
-        weights = logits.softmax(dim=-1).nan_to_num(0.0)[..., :num_slots]
+        highest = logits.amax(-1, keepdim=True)
+        # Of rows that may look at nothing all logits are -inf: they weigh nothing.
+        weights = (logits - highest.clamp(min=torch.finfo(logits.dtype).min)).exp()
         # A slot nobody sees may hold anything, even NaN, which a weight of zero does not silence.
         value = value.masked_fill(~visible.any(0)[:, None, None], 0.0)
-        out[rows] = torch.einsum("rkgs,skd->rkgd", weights, value).flatten(1, 2).to(out.dtype)
-    return out
+        sums[rows] = torch.einsum("rkgs,skd->rkgd", weights, value).flatten(1, 2)
+        maxima[rows], totals[rows] = highest.flatten(1), weights.sum(-1).flatten(1)
+    return _Seen(sums, maxima, totals)
+
+
+def _finished(seen: _Seen, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weighted means, with a sink in the denominator if there are some. Rows that saw nothing give zeros."""
+    totals = seen.totals
+    if sinks is not None:
+        totals = totals + (sinks.float() - seen.maxima).exp()  # infinite for such rows
+    return (seen.sums / totals.masked_fill(totals == 0.0, 1.0)[..., None]).to(dtype)
+
+
+def _turned_back(query: Tensor, shifts: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotated query rows [U, Hq, D] as of `shifts` positions before theirs."""
+    # At position 0 all angles are 0: its cosines are the factor that the table was made with.
+    cos, sin = (cos_sin[shifts.abs().long()] / cos_sin[0].chunk(2)[0].repeat(2)).chunk(2, dim=-1)
+    return _rotated(query, torch.cat([cos, sin * -shifts.sign()[:, None]], dim=-1).unsqueeze(1))
 
 
 def _rows(kv: Tensor, which: int, blocks: Tensor, offsets: Tensor, head_dim: int) -> Tensor:

@@ -36,8 +36,9 @@ std::vector<Tile> cut_rows(const AttentionArgs& args, const int32_t* query_start
       // Slots that can be split up are as good as heads.
       const bool whole = enough || kv_slots[s] >= kShortestSplit * threads * kTasksPerThread;
       const int64_t heads = whole ? args.kv_heads : 1;
-      // Positions usually rise with the rows: what lies behind the last one is skipped, so it is no work.
-      int64_t seen = std::clamp<int64_t>(args.positions[row + rows - 1] + 1, 1, std::max(1, kv_slots[s]));
+      // What lies behind the highest position is skipped, so it is no work.
+      const int32_t highest = *std::max_element(args.positions + row, args.positions + row + rows);
+      int64_t seen = std::clamp<int64_t>((int64_t)highest + 1, 1, std::max(1, kv_slots[s]));
       if (args.window > 0) seen = std::min(seen, args.window + rows);
       const int64_t work = 2 * rows * args.group * heads * seen * args.head_dim;
       for (int64_t head = 0; head < args.kv_heads; head += heads)

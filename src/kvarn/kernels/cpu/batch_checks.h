@@ -24,11 +24,24 @@ inline void check_block_tables(const View& block_tables, const View& kv_slots, i
   }
 }
 
+inline void check_starts(const View& view, int64_t count, int64_t end, const char* what) {
+  const int32_t* starts = view.as<int32_t>();
+  bool rising = starts[0] == 0 && starts[count] == end;
+  for (int64_t i = 0; i < count; ++i) rising &= starts[i] <= starts[i + 1];
+  if (!rising) view.fail("values rising from 0 to the number of " + std::string(what) + ", " + std::to_string(end));
+}
+
 inline void check_query_starts(const View& query_starts, int64_t sequences, int64_t rows) {
-  const int32_t* starts = query_starts.as<int32_t>();
-  bool rising = starts[0] == 0 && starts[sequences] == rows;
-  for (int64_t s = 0; s < sequences; ++s) rising &= starts[s] <= starts[s + 1];
-  if (!rising) query_starts.fail("values rising from 0 to the number of query rows, " + std::to_string(rows));
+  check_starts(query_starts, sequences, rows, "query rows");
+}
+
+template <class T>
+void expect_range(const View& view, int64_t begin, int64_t end, const char* what) {
+  const T* values = view.as<T>();
+  for (int64_t i = 0; i < view.size(0); ++i)
+    if (values[i] < begin || values[i] >= end)
+      view.fail(std::string(what) + " in [" + std::to_string(begin) + ", " + std::to_string(end) + "), got " +
+                std::to_string(values[i]));
 }
 
 }  // namespace kvarn

@@ -66,6 +66,10 @@ void attention(const AttentionArgs& args, const AttentionTask& task, void* scrat
   KVARN_BY_DTYPES(attention_of, args, task, static_cast<char*>(scratch));
 }
 void attention_merge(const AttentionArgs& args, const MergeTask& task) { KVARN_BY_DTYPE(merge_task, args, task); }
+void attention_join(const AttentionArgs& args, const JoinArgs& join, int64_t begin, int64_t end) {
+  KVARN_BY_DTYPE(join_rows, args, join, begin, end);
+}
+void turn_back(const TurnArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(turn_back_rows, args, begin, end); }
 void rms_norm(const NormArgs& args, int64_t begin, int64_t end) { KVARN_BY_DTYPE(rms_norm_rows, args, begin, end); }
 void rope_and_cache(const CacheArgs& args, int64_t begin, int64_t end) {
   KVARN_BY_DTYPES(rope_and_cache_rows, args, begin, end);
@@ -92,7 +96,8 @@ void token_logprobs(const LogprobArgs& args, int64_t begin, int64_t end, double*
 
 const Kernels KVARN_JOIN(kernels_, KVARN_VARIANT) = {
     KVARN_STRING(KVARN_VARIANT), attention_scratch_bytes, attention, attention_merge,
-    rms_norm, rope_and_cache, restore, silu_mul, linear, quantize_rows, sample, token_logprobs,
+    attention_join, turn_back, rms_norm, rope_and_cache, restore, silu_mul, linear, quantize_rows, sample,
+    token_logprobs,
 };
 
 }  // namespace kvarn

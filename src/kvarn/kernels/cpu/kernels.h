@@ -24,6 +24,7 @@ struct AttentionArgs {
   const int32_t* positions;     // [T]
   const float* sinks;           // [Hq] or null
   void* out;                    // [T, Hq, D] contiguous
+  float* unfinished;            // [T, Hq, D + 2] to be joined with others, instead of `out`; or null
   int64_t query_heads, kv_heads, group, head_dim, block_size;
   float scale, softcap;
   int64_t window;
@@ -41,11 +42,31 @@ struct AttentionTask {
   float* partial;
 };
 
+// An unfinished result is, of a row and head, the weighted sums, the maximum (in units of log2) and the sum of weights.
 // A partial result is rows * group * kv heads times head_dim + 2 floats: the weighted sums, then every row's maximum,
 // then its sum.
 struct MergeTask {
   AttentionTask whole;  // `partial` is the first of `splits` consecutive partial results
   int64_t splits;
+};
+
+// Query rows as seen from positions `shifts` further on: those of `rows`, turned back by so many positions.
+struct TurnArgs {
+  const void* query;  // [T, Hq, D]
+  int64_t query_row_stride, query_head_stride;
+  const float* cos_sin;  // [P, R]
+  int64_t rotary;
+  const int32_t *rows, *shifts;  // [U], shifts in (-P, P)
+  void* out;                     // [U, Hq, D] contiguous
+  int64_t query_heads, head_dim;
+  bool is_bfloat16;
+};
+
+// Unfinished results of rows and of the turned rows that belong to them.
+struct JoinArgs {
+  float* rows;                    // [T, Hq, D + 2], used up
+  const float* turned;            // [U, Hq, D + 2]
+  const int32_t *starts, *turns;  // [T + 1], [U]: row r has turned rows turns[starts[r]] to turns[starts[r + 1] - 1]
 };
 
 struct NormArgs {
@@ -161,6 +182,8 @@ struct Kernels {
   int64_t (*attention_scratch_bytes)(const AttentionArgs&, int64_t rows, int64_t kv_heads);
   void (*attention)(const AttentionArgs&, const AttentionTask&, void* scratch);
   void (*attention_merge)(const AttentionArgs&, const MergeTask&);
+  void (*attention_join)(const AttentionArgs&, const JoinArgs&, int64_t begin, int64_t end);
+  void (*turn_back)(const TurnArgs&, int64_t begin, int64_t end);
   void (*rms_norm)(const NormArgs&, int64_t begin, int64_t end);
   void (*rope_and_cache)(const CacheArgs&, int64_t begin, int64_t end);
   void (*restore)(const RestoreArgs&, int64_t begin, int64_t end);

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "attention_plan.h"
+#include "attention_views.h"
 #include "linear_tasks.h"
 #include "team.h"
 
@@ -75,7 +77,11 @@ class Forward {
  public:
   Forward(const LlamaModel& model, LlamaBatch& batch, Team& team)
       : model_(model), batch_(batch), team_(team), use_(kernels()), buffers_(model, batch.rows), rows_(batch.rows),
-        plan_(plan_attention(batch.attention, batch.query_starts, batch.kv_slots, batch.sequences, team.size())) {}
+        plan_(batch.views.entries ? AttentionPlan{} : plan_attention(batch.attention, batch.query_starts,
+                                                                     batch.kv_slots, batch.sequences, team.size())) {
+    if (batch.views.entries)
+      views_.emplace(batch.attention, batch.query_starts, batch.kv_slots, batch.sequences, batch.views, team.size());
+  }
 
   void run() {
     std::memcpy(buffers_.residual, batch_.inputs, rows_ * model_.hidden * sizeof(Half));
@@ -166,6 +172,7 @@ class Forward {
     args.kv = cache.kv;
     args.out = buffers_.attended;
     args.window = layer.window;
+    if (views_) return views_->run(team_, args);
     team_.run((int64_t)plan_.tasks.size(),
               [&](int64_t i) { run_attention_task(args, plan_, i, thread_scratch(plan_.scratch_bytes)); });
     run_attention_merges(args, plan_);
@@ -234,7 +241,8 @@ class Forward {
   const Kernels& use_;
   const Buffers buffers_;
   int64_t rows_;
-  const AttentionPlan plan_;
+  const AttentionPlan plan_;         // of a batch without views,
+  std::optional<ViewsPlan> views_;  // or of one with them
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention_views.h"
 #include "kernels.h"
 
 namespace kvarn {
@@ -47,6 +48,7 @@ struct LlamaBatch {
   // What all layers' attention and cache writes have in common; the fields of one layer are filled in on the way.
   AttentionArgs attention;
   CacheArgs cache;
+  AttentionViews views;  // of no entries: attention without them
   char* pages;
   int64_t layer_bytes;  // from one layer's pages to the next
   float* logits;        // [R, vocab]

@@ -1,4 +1,5 @@
-// kvarn::paged_attention for the CPU: checks the arguments, cuts the batch into tasks, runs them on torch's threads.
+// kvarn::paged_attention and kvarn::shared_attention for the CPU: check the arguments, cut the batch into tasks, run
+// them on torch's threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "attention_views.h"
 #include "batch_checks.h"
 #include "kernels.h"
 #include "tensors.h"
@@ -42,6 +44,15 @@ void run(const AttentionArgs& args, const int32_t* query_starts, const int32_t* 
       for (int64_t i = next++; i < tasks; i = next++) run_attention_task(args, plan, i, scratch);
   });
   run_attention_merges(args, plan);
+}
+
+void run(const AttentionArgs& args, const int32_t* query_starts, const int32_t* kv_slots, int64_t sequences,
+         const AttentionViews& views) {
+  const int64_t work = work_of(args, query_starts, kv_slots, sequences) +
+                       work_of(args, views.row_starts, views.kv_slots, views.views);
+  Team::gather(work < kParallelWork ? 1 : torch::stable::get_num_threads(), [&](Team& team) {
+    ViewsPlan(args, query_starts, kv_slots, sequences, views, team.size()).run(team, args);
+  });
 }
 
 std::vector<float> sink_logits(const std::optional<Tensor>& sinks, int64_t heads) {
@@ -102,10 +113,26 @@ AttentionArgs checked(const View& query, const View& kv, const View& slot_positi
   return args;
 }
 
-Tensor paged_attention(const Tensor& query_, const Tensor& kv_, const Tensor& slot_positions_,
-                       const Tensor& block_tables_, const Tensor& kv_slots_, const Tensor& query_starts_,
-                       const Tensor& positions_, double scale, int64_t window, double softcap,
-                       std::optional<Tensor> sinks) {
+// What `shared_attention` has more than `paged_attention`.
+struct Views {
+  const Tensor &tables, &slots, &row_starts, &rows, &shifts, &cos_sin;
+
+  AttentionViews checked(const View& query, int64_t block_size, int64_t blocks) const {
+    View angles("cos_sin", cos_sin);
+    angles.expect_dims(2, "[P, R]");
+    angles.expect_dtype(aoti_torch_dtype_float32(), "float32");
+    angles.expect_contiguous_tail(2);
+    if (angles.size(0) < 1 || angles.size(1) % 2 || angles.size(1) > query.size(2))
+      angles.fail("an even number of angles up to the head dimension, " + std::to_string(query.size(2)));
+    return checked_views(View("view_tables", tables), View("view_slots", slots), View("row_starts", row_starts),
+                         View("rows", rows), View("shifts", shifts), block_size, blocks, query.size(0),
+                         angles.as<float>(), angles.size(0), angles.size(1));
+  }
+};
+
+Tensor attention(const Tensor& query_, const Tensor& kv_, const Tensor& slot_positions_, const Tensor& block_tables_,
+                 const Tensor& kv_slots_, const Tensor& query_starts_, const Tensor& positions_, const Views* shared,
+                 double scale, int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   View query("query", query_), kv("kv", kv_), slot_positions("slot_positions", slot_positions_);
   View block_tables("block_tables", block_tables_), kv_slots("kv_slots", kv_slots_);
   View query_starts("query_starts", query_starts_), positions("positions", positions_);
@@ -120,11 +147,38 @@ Tensor paged_attention(const Tensor& query_, const Tensor& kv_, const Tensor& sl
   args.scale = (float)scale;
   args.softcap = (float)softcap;
   args.window = window;
+  if (shared) {
+    const AttentionViews views = shared->checked(query, args.block_size, kv.size(0));
+    if (views.entries > 0) {
+      run(args, query_starts.as<int32_t>(), kv_slots.as<int32_t>(), sequences, views);
+      return out;
+    }
+  }
   run(args, query_starts.as<int32_t>(), kv_slots.as<int32_t>(), sequences);
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kvarn, CPU, library) { library.impl("paged_attention", TORCH_BOX(&paged_attention)); }
+Tensor paged_attention(const Tensor& query, const Tensor& kv, const Tensor& slot_positions, const Tensor& block_tables,
+                       const Tensor& kv_slots, const Tensor& query_starts, const Tensor& positions, double scale,
+                       int64_t window, double softcap, std::optional<Tensor> sinks) {
+  return attention(query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, nullptr, scale, window,
+                   softcap, sinks);
+}
+
+Tensor shared_attention(const Tensor& query, const Tensor& kv, const Tensor& slot_positions,
+                        const Tensor& block_tables, const Tensor& kv_slots, const Tensor& query_starts,
+                        const Tensor& positions, const Tensor& view_tables, const Tensor& view_slots,
+                        const Tensor& row_starts, const Tensor& rows, const Tensor& shifts, const Tensor& cos_sin,
+                        double scale, int64_t window, double softcap, std::optional<Tensor> sinks) {
+  const Views views{view_tables, view_slots, row_starts, rows, shifts, cos_sin};
+  return attention(query, kv, slot_positions, block_tables, kv_slots, query_starts, positions, &views, scale, window,
+                   softcap, sinks);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvarn, CPU, library) {
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
+  library.impl("shared_attention", TORCH_BOX(&shared_attention));
+}
 
 }  // namespace
 }  // namespace kvarn

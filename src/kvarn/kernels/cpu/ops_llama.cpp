@@ -15,18 +15,12 @@ namespace {
 static_assert(sizeof(LinearWeights) == 6 * 8 && sizeof(LlamaLayer) == (5 + 4 * 6) * 8 && sizeof(LlamaModel) == 19 * 8,
               "kernels/llama.py writes eight bytes a field");
 
-template <class T>
-void expect_range(const View& view, int64_t end, const char* what) {
-  const T* values = view.as<T>();
-  for (int64_t i = 0; i < view.size(0); ++i)
-    if (values[i] < 0 || values[i] >= end)
-      view.fail(std::string(what) + " in [0, " + std::to_string(end) + "), got " + std::to_string(values[i]));
-}
-
 Tensor llama_forward(const Tensor& description_, const Tensor& inputs_, const Tensor& positions_, const Tensor& slots_,
                      const Tensor& block_tables_, const Tensor& kv_slots_, const Tensor& query_starts_,
                      const Tensor& logit_rows_, const Tensor& pages_, const Tensor& slot_positions_,
-                     const std::optional<Tensor>& seconds_) {
+                     const std::optional<Tensor>& seconds_, const std::optional<Tensor>& view_tables,
+                     const std::optional<Tensor>& view_slots, const std::optional<Tensor>& row_starts,
+                     const std::optional<Tensor>& view_rows, const std::optional<Tensor>& shifts) {
   View description("description", description_), inputs("inputs", inputs_), positions("positions", positions_);
   View slots("slots", slots_), block_tables("block_tables", block_tables_), kv_slots("kv_slots", kv_slots_);
   View query_starts("query_starts", query_starts_), logit_rows("logit_rows", logit_rows_), pages("pages", pages_);
@@ -60,9 +54,9 @@ Tensor llama_forward(const Tensor& description_, const Tensor& inputs_, const Te
   query_starts.expect_int32(1, "[S + 1]");
   kv_slots.expect_size(0, block_tables.size(0), "block_tables' sequences");
   query_starts.expect_size(0, block_tables.size(0) + 1, "block_tables' sequences plus one");
-  expect_range<int32_t>(positions, model.positions, "positions");
-  expect_range<int32_t>(slots, blocks * block_size, "slots");
-  expect_range<int64_t>(logit_rows, rows, "rows");
+  expect_range<int32_t>(positions, 0, model.positions, "positions");
+  expect_range<int32_t>(slots, 0, blocks * block_size, "slots");
+  expect_range<int64_t>(logit_rows, 0, rows, "rows");
   check_block_tables(block_tables, kv_slots, block_size, blocks);
   check_query_starts(query_starts, kv_slots.size(0), rows);
 
@@ -105,6 +99,11 @@ Tensor llama_forward(const Tensor& description_, const Tensor& inputs_, const Te
   cache.block_size = block_size;
   cache.is_bfloat16 = true;
   cache.is_int8 = is_int8;
+  if (view_tables && view_slots && row_starts && view_rows && shifts)
+    batch.views = checked_views(View("view_tables", *view_tables), View("view_slots", *view_slots),
+                                View("row_starts", *row_starts), View("view_rows", *view_rows),
+                                View("shifts", *shifts), block_size, blocks, rows, model.cos_sin, model.positions,
+                                model.rotary);
   batch.pages = pages.as<char>();
   batch.layer_bytes = pages.stride(1) * (is_int8 ? 1 : 2);
   if (seconds_) {
@@ -124,7 +123,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvarn, library) {
   library.def(
       "llama_forward(Tensor description, Tensor inputs, Tensor positions, Tensor slots, Tensor block_tables, "
       "Tensor kv_slots, Tensor query_starts, Tensor logit_rows, Tensor(a!) pages, Tensor slot_positions, "
-      "Tensor(b!)? seconds) -> Tensor");
+      "Tensor(b!)? seconds, Tensor? view_tables=None, Tensor? view_slots=None, Tensor? row_starts=None, "
+      "Tensor? view_rows=None, Tensor? shifts=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(kvarn, CPU, library) { library.impl("llama_forward", TORCH_BOX(&llama_forward)); }
 

@@ -1,5 +1,5 @@
 // The row-by-row kernels: RMS norm (with the residual added first, or not), rotary embedding with the write to the
-// cache, and SiLU times gate. All compute in float and round once, when they store.
+// cache, its reverse for queries, and SiLU times gate. All compute in float and round once, when they store.
 #pragma once
 
 #include "kernels.h"
@@ -49,6 +49,32 @@ KVARN_INLINE void rotate(const T* from, T* to, const float* cosines, const float
     store(to + half + i, b * c + a * s, count);
   }
   if (to != from) memcpy(to + rotary, from + rotary, (dim - rotary) * sizeof(T));
+}
+
+// Angles of position 0 are all 0, so its cosines are the factor that the table was made with (YaRN's), which a query
+// has had once already.
+template <class T>
+static void turn_back_rows(const TurnArgs& args, int64_t begin, int64_t end) {
+  const int64_t dim = args.head_dim, half = args.rotary / 2, heads = args.query_heads, step = args.query_head_stride;
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t shift = args.shifts[i];
+    const float* cosines = args.cos_sin + (shift < 0 ? -shift : shift) * args.rotary;
+    const T* row = static_cast<const T*>(args.query) + args.rows[i] * args.query_row_stride;
+    T* turned = static_cast<T*>(args.out) + i * heads * dim;
+    for (int64_t d = 0; d < half; d += kLanes) {
+      const int64_t count = half - d;
+      const Floats factor = load(args.cos_sin + d, count), s = load(cosines + half + d, count) / factor;
+      const Floats cosine = load(cosines + d, count) / factor, sine = shift < 0 ? -s : s;
+      const T* from = row + d;
+      for (T* to = turned + d; to < turned + heads * dim; from += step, to += dim) {
+        const Floats a = load(from, count), b = load(from + half, count);
+        store(to, a * cosine + b * sine, count);
+        store(to + half, b * cosine - a * sine, count);
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h)
+      memcpy(turned + h * dim + args.rotary, row + h * step + args.rotary, (dim - args.rotary) * sizeof(T));
+  }
 }
 
 // to = from in 127ths of its largest magnitude, which is the scale that is returned times 127.

@@ -64,7 +64,7 @@ void View::expect_contiguous_tail(int64_t count) const {
   for (int64_t dim = dims - 1; dim >= dims - count; --dim) {
     if (sizes[dim] != 1 && strides[dim] != expected)
       fail("the last " + std::to_string(count) + " dimensions contiguous");
-    expected *= sizes[dim];
+    expected *= sizes[dim] > 0 ? sizes[dim] : 1;  // as torch counts
   }
 }
 
