@@ -123,8 +123,9 @@ class _Society:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._ask(ask, ready)) for ask in asks]
                 turns, answers = zip(*(task.result() for task in tasks), strict=True)
-                for ask, answer in zip(asks, answers, strict=True):
-                    following = self._run.answered(ask.agent, self._said(answer))
+                for ask, turn, answer in zip(asks, turns, answers, strict=True):
+                    turn.said = list(self._said(answer))
+                    following = self._run.answered(ask.agent, turn.said)
                 record = end_round(turns)
                 self._result.rounds.append(record)
                 on_round(record)

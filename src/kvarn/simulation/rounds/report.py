@@ -41,6 +41,8 @@ class TurnRecord:
     """Of the prompt, what was taken from shared segments; likewise."""
     output_tokens: int = 0
     preemptions: int = 0
+    said: list[int] = field(default_factory=list)
+    """Token ids of the answer; empty of a simulated device."""
 
 
 @dataclass(frozen=True, slots=True)
