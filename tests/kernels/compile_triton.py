@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kvarn.kernels import quantized
-from kvarn.kernels.triton import attention, linear, restore, rowwise
+from kvarn.kernels.triton import attention, linear, restore, rowwise, shared_attention
 
 
 class NoDriver:
@@ -76,7 +76,12 @@ def launch_attention(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         few = min(sequences, count)
         tables, slots = torch.empty(few, 512, dtype=torch.int32), torch.empty(few, dtype=torch.int32)
         starts = torch.empty(few + 1, dtype=torch.int32)
-        attention.paged_attention(query[:count], kv, positions, tables, slots, starts, rows[:count], 0.1, **options)
+        own = (query[:count], kv, positions, tables, slots, starts, rows[:count])
+        attention.paged_attention(*own, 0.1, **options)
+        if not options:  # the parts of decoding, and what joins them
+            views = (tables, slots, starts, torch.zeros_like(rows[:count]), rows[:count], torch.empty(100, dim))
+            for sinks in (None, torch.empty(heads)):
+                shared_attention.shared_attention(*own, *views, 0.1, sinks=sinks)
 
 
 def launch_all(dtype: torch.dtype) -> None:

@@ -22,5 +22,5 @@ def test_kernels_compile_for_a_gpu_and_fit_its_shared_memory(tmp_path: Path) -> 
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
     rowwise = {"_norm", "_silu_mul", "_rope_and_cache", "_restore"}
-    assert names == {"_attend", "_merge", "_int_linear", "_widen"} | rowwise
+    assert names == {"_attend", "_merge", "_turn_back", "_join", "_int_linear", "_widen"} | rowwise
     assert all(kernel["machine_code_bytes"] and kernel["shared_bytes"] <= SHARED_BYTES for kernel in kernels)

@@ -15,10 +15,11 @@ def register(library: torch.library.Library) -> bool:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     from kvarn.kernels import flashinfer
-    from kvarn.kernels.triton import attention, linear, restore, rowwise
+    from kvarn.kernels.triton import attention, linear, restore, rowwise, shared_attention
 
     library.impl("paged_attention", flashinfer.or_else(attention.paged_attention), "CUDA")
     for implementation in (
+        shared_attention.shared_attention,
         rowwise.rms_norm,
         rowwise.add_rms_norm,
         rowwise.rope_and_cache,

@@ -12,6 +12,7 @@ maximum, sum and unnormalised output, and a second kernel merges them.
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -193,13 +194,57 @@ def paged_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `kvarn.kernels.ops.paged_attention`."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if not len(query):
+        return out
+    batch = (query, kv, slot_positions, block_tables, kv_slots, query_starts, positions)
+    parts = attend(*batch, scale, window, softcap, sinks, out)
+    if parts.shares > 1:
+        rows, heads, head_dim = query.shape
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        _merge[(rows * heads,)](
+            parts.sums, parts.maxima, parts.totals, parts.maxima if sinks is None else sinks, out, parts.shares,
+            rows * heads,
+            HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, SHARES=triton.next_power_of_2(parts.shares),
+            SINKS=sinks is not None, num_warps=1 if block_d <= 128 else 2,
+        )  # fmt: skip
+    return out
+
+
+class Parts(NamedTuple):
+    """What rows saw in each share of their slots: unnormalised sums, maxima (in units of log2), sums of weights."""
+
+    sums: Tensor
+    """[shares, T, Hq, D]"""
+    maxima: Tensor
+    """[shares, T, Hq]"""
+    totals: Tensor
+    """[shares, T, Hq]"""
+
+    @property
+    def shares(self) -> int:
+        return self.maxima.shape[0]
+
+
+def attend(
+    query: Tensor,
+    kv: Tensor,
+    slot_positions: Tensor,
+    block_tables: Tensor,
+    kv_slots: Tensor,
+    query_starts: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    out: Tensor | None,
+) -> Parts:
+    """Parts of the attention of one or more rows. One share alone is finished and written to `out`, if there is one."""
     rows, heads, head_dim = query.shape
     sequences, table_width = block_tables.shape
     kv_heads, block_size = kv.shape[2], slot_positions.shape[1]
     group = heads // kv_heads
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if not rows:
-        return out
     wide = query.dtype == torch.float32
     is_int8 = kv.dtype == torch.uint8
     pages, scales = (kv.view(torch.int8), kv.view(torch.float32)) if is_int8 else (kv, kv)
@@ -211,28 +256,22 @@ def paged_attention(
     slots = 32 if wide or block_d > 128 else 64
     tiles = rows // tile_rows + sequences
     shares = _count_shares(tiles * kv_heads, table_width * block_size, query.device)
-    parts = torch.empty(shares, rows, heads, head_dim, dtype=torch.float32, device=query.device) if shares > 1 else out
-    part_max, part_sum = torch.empty(2, shares, rows, heads, dtype=torch.float32, device=query.device)
+    sums = out if out is not None and shares == 1 else query.new_empty((shares, *query.shape), dtype=torch.float32)
+    maxima, totals = torch.empty(2, shares, rows, heads, dtype=torch.float32, device=query.device)
     _attend[(tiles, kv_heads, shares)](
         query, pages, scales, slot_positions, block_tables.contiguous(), kv_slots, query_starts, positions,
-        part_max if sinks is None else sinks, parts, part_max, part_sum,
+        maxima if sinks is None else sinks, sums, maxima, totals,
         scale, softcap, window, sequences, table_width, rows,
         query.stride(0), query.stride(1), kv.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, ROWS=tile_rows,
         BLOCK_M=lanes, BLOCK_N=slots, BLOCK_D=block_d, BLOCK_S=max(64, triton.next_power_of_2(sequences)), SCAN=1024,
         WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        TRIM=window > 0 or rows > sequences, SHARED=shares > 1,
+        TRIM=window > 0 or rows > sequences, SHARED=sums is not out,
         HEAD_SIZE=block_size * (head_dim + 4 if is_int8 else head_dim), INT8=is_int8,
         PRECISION="ieee" if wide else "tf32",
         num_warps=4, num_stages=2 if wide or block_d > 128 else 3,
     )  # fmt: skip
-    if shares > 1:
-        _merge[(rows * heads,)](
-            parts, part_max, part_sum, part_max if sinks is None else sinks, out, shares, rows * heads,
-            HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, SHARES=triton.next_power_of_2(shares),
-            SINKS=sinks is not None, num_warps=1 if block_d <= 128 else 2,
-        )  # fmt: skip
-    return out
+    return Parts(sums, maxima, totals)
 
 
 def _count_shares(programs: int, capacity_slots: int, device: torch.device) -> int:
