@@ -186,9 +186,11 @@ class StandIn:
                 self.alive = False
 
     def round_facts(self) -> RoundFacts:
-        """As if nobody had to wait."""
+        """One waits once there are rounds."""
         reused = sum(each.reused_tokens for each in self.rounds)
-        return RoundFacts(len(self.rounds), waiting_members=1, reused_tokens=reused, segment_bytes=4096)
+        return RoundFacts(
+            len(self.rounds), waiting_members=len(self.rounds[:1]), reused_tokens=reused, segment_bytes=4096
+        )
 
     def note_round(self, message: Submit) -> None:
         if message.round is not None:
