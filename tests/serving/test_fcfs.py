@@ -26,6 +26,11 @@ class View:
     prompt_length: int = 1
     num_outputs: int = 0
     preemptions: int = 0
+    slot_surplus: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_tokens + self.slot_surplus
 
     @property
     def num_uncomputed(self) -> int:
@@ -36,6 +41,10 @@ class View:
 class Hit:
     tokens: int = 0
     idle_blocks: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return self.tokens // SIZE
 
 
 @dataclass(frozen=True)

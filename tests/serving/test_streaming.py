@@ -137,6 +137,11 @@ class View:
     priority: int = 0
     prompt_length: int = 1
     max_outputs: int = 100
+    slot_surplus: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_tokens + self.slot_surplus
 
     @property
     def num_uncomputed(self) -> int:
@@ -151,6 +156,10 @@ class View:
 class Hit:
     tokens: int = 0
     idle_blocks: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return self.tokens // SIZE
 
 
 @dataclass

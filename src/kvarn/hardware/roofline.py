@@ -89,6 +89,11 @@ class Roofline:
             kv_bytes = 1.0 + _SCALE_BYTES / model.head_dim
         return cls(accelerator, model, weight_bytes=weight_bytes, kv_bytes=kv_bytes)
 
+    @property
+    def reading_share(self) -> float:
+        """Of the time that a decode row's attention takes, what would be spared if it need not read."""
+        return 1.0 - self._pair / self._decode_token
+
     def step_seconds(self, work: Work) -> float:
         """Seconds of one step; nothing to compute takes none."""
         return self.seconds(work.decodes, work.decode_context, work.chunks, work.sampled)

@@ -7,6 +7,7 @@ multiplied with follows transformers' models exactly; a test holds the two toget
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,7 +65,7 @@ class LlamaDecoder:
         self._norm = reader("model.norm.weight", (spec.hidden_size,))
         name = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
         self._head = reader.head(name, (spec.vocab_size, spec.hidden_size))
-        self._cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(reader.device)
+        self.cos_sin = cos_sin_table(rope_parameters(config), spec.head_dim, spec.max_context).to(reader.device)
         self.native = self._native_forward()
         """The whole of `forward` as one call, where it can be."""
 
@@ -76,38 +77,83 @@ class LlamaDecoder:
                 residual, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
                 batch.logit_rows, kv.pages, kv.slot_positions,
             )  # fmt: skip
+        hidden, residual = self._run(batch, kv, residual, len(self._layers))
+        if not len(hidden):
+            return hidden.new_empty(0, self.spec.vocab_size)
+        return self._head(hidden)
+
+    @torch.inference_mode()
+    def encode(self, batch: ForwardBatch, kv: KVMemory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the K and V of every row as `forward` does; returns keys before rotation and values, [L, T, Hkv, D]."""
+        taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._run(batch, kv, self._embedding(batch.tokens), len(self._layers), lambda *pair: taken.append(pair))
+        keys, values = zip(*taken, strict=True)
+        return torch.stack(keys), torch.stack(values)
+
+    @torch.inference_mode()
+    def early_keys(self, batch: ForwardBatch, kv: KVMemory, layer: int) -> torch.Tensor:
+        """Keys of one layer before rotation, [T, Hkv, D]; `kv` gets those of the layers before it and needs no more."""
+        hidden, _ = self._run(batch, kv, self._embedding(batch.tokens), layer)
+        return self._heads(self._layers[layer], hidden)[1]
+
+    def _run(
+        self,
+        batch: ForwardBatch,
+        kv: KVMemory,
+        residual: torch.Tensor,
+        layers: int,
+        tap: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `layers` layers, one op at a time: normed for what comes next, and the residual stream.
+
+        After the last layer of the model these are the rows that want logits. `tap` gets every layer's keys before
+        rotation and values.
+        """
         hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
         last = len(self._layers) - 1
-        for index, layer in enumerate(self._layers):
-            hidden = self._attention(layer, hidden, batch, kv, index)
+        for index, layer in enumerate(self._layers[:layers]):
+            hidden = self._attention(layer, hidden, batch, kv, index, tap)
             if index == last:  # only rows that want logits go on
                 hidden, residual = hidden[batch.logit_rows], residual[batch.logit_rows]
                 if not len(hidden):
-                    return hidden.new_empty(0, self.spec.vocab_size)
+                    break
             hidden = ops.add_rms_norm(layer.output(hidden), residual, layer.mlp_norm, self._eps)
             hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
             next_norm = self._norm if index == last else self._layers[index + 1].input_norm
             hidden = ops.add_rms_norm(hidden, residual, next_norm, self._eps)
-        return self._head(hidden)
+        return hidden, residual
 
     def _attention(
-        self, layer: _Layer, hidden: torch.Tensor, batch: ForwardBatch, kv: KVMemory, index: int
+        self,
+        layer: _Layer,
+        hidden: torch.Tensor,
+        batch: ForwardBatch,
+        kv: KVMemory,
+        index: int,
+        tap: Callable[[torch.Tensor, torch.Tensor], None] | None,
     ) -> torch.Tensor:
         """Attention before its output projection: [T, hidden] -> [T, heads * head_dim]."""
-        spec = self.spec
-        heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, width)
-        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = ops.rms_norm(query, layer.query_norm, self._eps)
-            key = ops.rms_norm(key, layer.key_norm, self._eps)
+        query, key, value = self._heads(layer, hidden)
+        if tap is not None:
+            tap(key, value)
         pages = kv.layer(index)
-        ops.rope_and_cache(query, key, value, self._cos_sin, batch.positions, pages, batch.slots)
+        ops.rope_and_cache(query, key, value, self.cos_sin, batch.positions, pages, batch.slots)
         attended: torch.Tensor = ops.paged_attention(
             query, pages, kv.slot_positions, batch.block_tables, batch.kv_slots, batch.query_starts, batch.positions,
             self._scale, layer.window,
         )  # fmt: skip
-        return attended.view(-1, heads * width)
+        return attended.flatten(1)
+
+    def _heads(self, layer: _Layer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of rows before rotation, [T, heads, D] each."""
+        spec = self.spec
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, spec.head_dim)
+        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = ops.rms_norm(query, layer.query_norm, self._eps)
+            key = ops.rms_norm(key, layer.key_norm, self._eps)
+        return query, key, value
 
     def _native_forward(self) -> NativeLlama | None:
         """All of `forward` as one native call; None where a layer is not on kvarn's own CPU kernels."""
@@ -124,7 +170,7 @@ class LlamaDecoder:
         spec = self.spec
         return NativeLlama(
             layers, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, eps=self._eps,
-            scale=self._scale, cos_sin=self._cos_sin, final_norm=self._norm, head=self._head.native(),
+            scale=self._scale, cos_sin=self.cos_sin, final_norm=self._norm, head=self._head.native(),
         )  # fmt: skip
 
     def _layer(self, read: LinearReader, index: int, config: dict[str, Any]) -> _Layer:

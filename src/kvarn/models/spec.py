@@ -62,7 +62,7 @@ class KVMemory:
         """Blocks have got content from elsewhere: block `blocks[i]` holds the tokens from position `starts[i]` on."""
         positions = self.slot_positions
         rows = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(positions.shape[1], dtype=torch.int32)
-        positions[torch.tensor(blocks, device=positions.device)] = rows.to(positions.device)
+        positions[torch.tensor(blocks, dtype=torch.int64, device=positions.device)] = rows.to(positions.device)
 
 
 @dataclass(slots=True)

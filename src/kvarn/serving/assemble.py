@@ -14,6 +14,7 @@ from kvarn.models.sources import Progress, resolve
 from kvarn.models.spec import ModelSpec
 from kvarn.models.tokenizer import tokenizer_file
 from kvarn.serving.agent_calls import AgentCalls
+from kvarn.serving.assemble_rounds import build_rounds
 from kvarn.serving.assemble_tiers import build_tiers
 from kvarn.serving.clock import Clock, MonotonicClock
 from kvarn.serving.config import EngineConfig
@@ -89,6 +90,8 @@ def load_engine(
         speculator=_speculator(config),
         tiers=tiers,
         agents=AgentCalls(cache, tiers) if config.knows_agents else None,
+        rounds=build_rounds(config, decoder, kv, cache),
+        round_budget=config.prefill_budget,
     )
     progress("ready", 1.0)
     return LoadedEngine(engine, spec, files.folder, kv_dtype)

@@ -25,8 +25,9 @@ def count_blocks(
     pool: BlockPool, loading: Sequence[Request], tiers: Tiers | None, stalls: Stalls | None
 ) -> dict[str, int]:
     """State -> blocks."""
-    states = {"stalled": 0, "reserved": 0, "loading": 0} if stalls is None else stalls.states()
-    states["loading"] += sum([request.num_blocks for request in loading])
+    states = {"stalled": 0, "reserved": 0} if stalls is None else stalls.states()
+    arriving = [*loading, *(stalls.loading() if stalls is not None else ())]
+    states["loading"] = len({block for request in arriving for block in request.blocks})
     copied = () if tiers is None else tiers.held_blocks()
     states["pending"] = sum([pool.references(block) == 1 for block in copied])
     states["active"] = max(0, pool.num_active - sum(states.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import msgspec
 
@@ -10,6 +10,7 @@ from kvarn.errors import KvarnError
 from kvarn.serving.policies.agentic.settings import AgenticSettings
 from kvarn.serving.policies.streaming.settings import StreamingSettings
 from kvarn.serving.rounds.hints import ReuseMode
+from kvarn.serving.rounds.settings import DEFAULT_SHARE, ReuseSettings
 
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PolicyName = Literal[
@@ -96,6 +97,17 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not offloads and not self.disk_cache:
             return 0
         return min(_POOLS * pool_bytes, int(free_bytes * _SHARE_OF_FREE_MEMORY))
+
+    def segment_bytes(self, pool_bytes: int) -> int:
+        """Memory for shared segments behind a KV pool of this size."""
+        return pool_bytes // 4 if self.segment_memory_bytes == AUTO else self.segment_memory_bytes
+
+    def reuse_settings(self) -> ReuseSettings | None:
+        """None where nothing but prefixes is reused; "auto" must have been resolved to count for anything."""
+        if self.reuse in ("auto", "exact"):
+            return None
+        mode = cast("ReuseMode", self.reuse)
+        return ReuseSettings(mode=mode, share=self.reuse_share or DEFAULT_SHARE, wait=self.round_wait)
 
     def validate(self) -> None:
         """Raise KvarnError naming the first setting that cannot work."""

@@ -30,6 +30,7 @@ from kvarn.serving.kvcache.tier_books import TierBooks
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.request import FinishReason, Request, RequestState
+from kvarn.serving.round_calls import RoundCalls
 from kvarn.serving.snapshots import take_snapshot
 from kvarn.serving.speculation import Speculator
 
@@ -69,12 +70,16 @@ class Engine:
         speculator: Speculator | None = None,
         tiers: Tiers | None = None,
         agents: AgentCalls | None = None,
+        rounds: RoundCalls | None = None,
+        round_budget: int | None = None,
     ) -> None:
+        """`round_budget`: tokens of shared segments encoded before a step that others run in; None: as token_budget."""
         self.executor = executor
         self.policy = policy
         self.cache = cache
         self.clock = clock
         self.token_budget = token_budget
+        self.round_budget = token_budget if round_budget is None else round_budget
         self.max_running = max_running
         # A request that the pool could never hold would wait for ever.
         self.max_context = min(max_context, cache.pool.num_blocks * cache.block_size)
@@ -82,6 +87,7 @@ class Engine:
         self.speculator = speculator
         self.tiers = tiers
         self.agents = agents
+        self.rounds = rounds
         self.costs = Costs()
         self.counters = Counters()
         self.batch = Batch()
@@ -105,7 +111,10 @@ class Engine:
 
     def rest_seconds(self) -> float:
         """How long nothing need be done unless somebody comes: when all requests pause, until the policy wakes them."""
-        return max(0.0, min(self.wake_at - self.clock.now(), _LONGEST_REST)) if self._rests else 0.0
+        if not self._rests:
+            return 0.0
+        wake_at = self.wake_at if self.rounds is None else min(self.wake_at, self.rounds.wake_at())
+        return max(0.0, min(wake_at - self.clock.now(), _LONGEST_REST))
 
     def add(self, request: Request) -> None:
         """Take over a request. RequestError, and nothing kept, when it can never be served."""
@@ -113,8 +122,14 @@ class Engine:
         if request.id in self.requests:
             raise RequestError(f"request id {request.id!r} is already running", field="id", status=409)
         self.executor.add(request)
+        try:
+            held = self.rounds is not None and self.rounds.add(request, self.clock.now())
+        except RequestError:
+            self.executor.remove(request)
+            raise
         self.requests[request.id] = request
-        insort(self.waiting, request, key=_rank)
+        if not held:
+            insort(self.waiting, request, key=_rank)
         if request.deadline != float("inf"):
             heapq.heappush(self._deadlines, (request.deadline, request.id))
         if self.agents is not None:
@@ -150,6 +165,7 @@ class Engine:
         now = self.clock.now()
         self._end_copies(now)
         self._expire(now)
+        collected = self._collect(now)
         batch = self.batch = self._schedule(now)
         while self.tiers is not None and self.tiers.copies_first:
             self.tiers.wait(_COPY_WAIT)
@@ -164,7 +180,7 @@ class Engine:
             else:  # all that there is to do hangs on copies
                 self.tiers.wait(_COPY_WAIT)
         emissions, self._ended = self._ended, []
-        self._rests = not (batch.rows or emissions)
+        self._rests = not (batch.rows or emissions or collected)
         self.counters.steps += 1
         self.counters.step_seconds += perf_counter() - started
         if self._check:
@@ -201,7 +217,11 @@ class Engine:
         assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
         assert all(r.state is RequestState.LOADING for r in self.loading)
         assert all(r.state is RequestState.RUNNING for r in self.running)
-        assert len(self.waiting) + len(holders) == len(self.requests)
+        held = 0
+        if self.rounds is not None:
+            held = self.rounds.num_held
+            self.rounds.store.check()
+        assert len(self.waiting) + len(holders) + held == len(self.requests)
 
     # ---- the parts of a step -----------------------------------------------------------------------------
 
@@ -232,6 +252,16 @@ class Engine:
             if id in self.requests:
                 self._finish(self.requests[id], FinishReason.DEADLINE)
 
+    def _collect(self, now: float) -> bool:
+        """Go on with rounds, and hand over who is ready; whether anything was done."""
+        if self.rounds is None or not self.rounds.num_held:
+            return False
+        budget = self.round_budget if self.running else self.token_budget
+        released, worked = self.rounds.advance(now, budget, alone=not (self.running or self.loading or self.waiting))
+        for request in released:
+            insort(self.waiting, request, key=_rank)
+        return worked
+
     def _schedule(self, now: float) -> Batch:
         """Ask the policy, then move requests and blocks as it decided."""
         if not self.requests:
@@ -253,12 +283,13 @@ class Engine:
         batch, requests, waiting, size = Batch(), self.requests, RequestState.WAITING, self.cache.block_size
         for id, granted in decision.grants:
             request = requests[id]
-            if request.state is waiting:
-                self._admit(request)
+            if request.state is waiting and not self._admit(request):
+                continue
             computed = request.num_computed
             tokens = min(granted, request.num_tokens - computed)
             # Most rows have room in their last block: no call for them.
-            if computed + tokens <= request.num_blocks * size or self.cache.grow(request, computed + tokens):
+            room = request.num_blocks * size - request.slot_surplus
+            if computed + tokens <= room or self.cache.grow(request, computed + tokens):
                 batch.rows.append(ScheduledRequest(request, tokens))
             elif computed == 0:
                 self._preempt(request)  # admitted on a promise that did not hold
@@ -274,7 +305,7 @@ class Engine:
         for row, draft in zip(batch.rows, drafts, strict=True):
             request = row.request
             if draft and self.cache.pool.num_available <= len(batch.rows):
-                del draft[request.num_blocks * self.cache.block_size - request.num_tokens :]  # takes no scarce block
+                del draft[request.num_blocks * self.cache.block_size - request.num_slots :]  # takes no scarce block
             if draft and self.cache.grow(request, request.num_tokens + len(draft)):
                 request.write_drafts(draft)
                 row.count, row.drafts = row.count + len(draft), len(draft)
@@ -339,7 +370,8 @@ class Engine:
 
     # ---- moves of one request ----------------------------------------------------------------------------
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request) -> bool:
+        """Let a waiting request run; False when blocks that it needs at once are not there, and it waits on."""
         del self.waiting[self._waiting_index(request)]
         request.move_to(RequestState.RUNNING)
         request.moved_at = self.clock.now()
@@ -347,6 +379,10 @@ class Engine:
         self.cache.admit(request)
         if self.agents is not None:
             self.agents.taken_over(request, request.moved_at)
+        if self.rounds is not None and not self.rounds.admitted(request):
+            self._preempt(request)
+            return False
+        return True
 
     def _load(self, tiers: Tiers, request: Request) -> None:
         """Start bringing a waiting request back from the host; nothing changes where that cannot be done now."""
@@ -374,9 +410,16 @@ class Engine:
     ) -> None:
         """The one way out: blocks back, state forgotten, the client told."""
         if self.agents is not None:
-            goes_on = request.may_call and request.state is RequestState.RUNNING and reason is not FinishReason.ERROR
+            goes_on = (
+                request.may_call
+                and request.layout is None
+                and request.state is RequestState.RUNNING
+                and reason is not FinishReason.ERROR
+            )
             self.agents.ended(request, self.clock.now(), goes_on=goes_on)
-        if request.state is RequestState.WAITING:
+        if request.state is RequestState.WAITING and self.rounds is not None and self.rounds.remove(request):
+            pass
+        elif request.state is RequestState.WAITING:
             del self.waiting[self._waiting_index(request)]
         elif request.state is RequestState.LOADING:
             self.loading.remove(request)
@@ -388,6 +431,8 @@ class Engine:
             self.cache.release(request)
         if self.tiers is not None:
             self.tiers.forget(request)
+        if self.rounds is not None:
+            self.rounds.ended(request)
         request.move_to(RequestState.FINISHED)
         request.finish_reason = reason
         del self.requests[request.id]

@@ -24,6 +24,7 @@ from kvarn.errors import IllegalTransition
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.reader import DEFAULT_RATE, Reader
 from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds.layout import Layout
 from kvarn.serving.sampling.params import SamplingParams
 
 _OUTPUT_ROOM = 256
@@ -62,7 +63,7 @@ class Request:
     """One sequence being generated. Owned and changed by the engine alone.
 
     `tokens` holds prompt and output; the first `num_tokens` entries are valid and the first `num_computed`
-    of them have their KV in the blocks of `block_table`.
+    of them have their KV in the blocks of `block_table`; with a layout, they are counted in its order.
     """
 
     id: str
@@ -109,6 +110,12 @@ class Request:
     segments: tuple[Segment, ...] = ()
     """The parts of its prompt, where its client says them."""
     round: RoundHint | None = None
+    layout: Layout | None = None
+    """Where its prompt's KV is, where some of it is that of shared segments; see kvarn.serving.rounds.layout."""
+    slot_surplus: int = 0
+    """Slots that its KV takes in its own blocks, less its tokens: below 0 where it reads KV of others in place."""
+    reused_tokens: int = 0
+    """Prompt tokens whose KV is that of shared segments."""
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -162,6 +169,33 @@ class Request:
             self.block_table = grown
         self.block_table[self.num_blocks : total] = blocks
         self.num_blocks = total
+
+    @property
+    def known_tokens(self) -> NDArray[np.int32]:
+        """Prompt and output so far."""
+        return self.tokens[: self.num_tokens]
+
+    def set_layout(self, layout: Layout | None) -> None:
+        self.layout = layout
+        self.slot_surplus = 0 if layout is None else layout.surplus
+        self.reused_tokens = 0 if layout is None else layout.reused
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in its own blocks that the KV of its tokens takes."""
+        return self.num_tokens + self.slot_surplus
+
+    @property
+    def exact_limit(self) -> int:
+        """Leading tokens whose KV can be exact: all, without shared segments."""
+        return self.num_tokens if self.layout is None else self.layout.prefix
+
+    @property
+    def exact_tokens(self) -> int:
+        """Leading tokens whose exact KV is in its blocks."""
+        if self.layout is None:
+            return self.num_computed
+        return min(max(0, self.num_computed - self.layout.reused), self.layout.prefix)
 
     @property
     def num_outputs(self) -> int:

@@ -182,15 +182,17 @@ class Stalls:
         return [stall.request for stall in self._stalls.values() if stall.request.num_blocks], reserved
 
     def states(self) -> dict[str, int]:
-        """Device blocks held by stalls alone: "stalled", "reserved" and "loading"."""
-        stalled = loading = reserved = 0
+        """Device blocks held by stalls alone that are not on their way back: "stalled" and "reserved"."""
+        stalled = reserved = 0
         for stall in self._stalls.values():
             reserved += len(stall.reserved)
-            if stall.call.state is CallState.UPLOADING:
-                loading += stall.request.num_blocks
-            else:
+            if stall.call.state is not CallState.UPLOADING:
                 stalled += self.cache.reclaimable(stall.request)
-        return {"stalled": stalled, "loading": loading, "reserved": reserved}
+        return {"stalled": stalled, "reserved": reserved}
+
+    def loading(self) -> list[Request]:
+        """Stand-ins whose blocks are on their way back."""
+        return [stall.request for stall in self._stalls.values() if stall.call.state is CallState.UPLOADING]
 
     def _begins_alike(self, request: Request, stall: Stall) -> bool:
         count = stall.least_tokens

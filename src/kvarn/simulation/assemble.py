@@ -13,10 +13,14 @@ from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.executors.simulated import SimulatedExecutor
 from kvarn.serving.executors.simulated_copier import SimulatedCopier
+from kvarn.serving.executors.simulated_segments import SimulatedSegments
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import CopyRules
+from kvarn.serving.kvcache.segments import SegmentStore
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.registry import make_policy
+from kvarn.serving.round_calls import RoundCalls
+from kvarn.serving.rounds.settings import ReuseSettings
 
 
 def simulated_engine(
@@ -27,14 +31,17 @@ def simulated_engine(
     memory_fraction: float = 0.88,
     kv_share: float = 1.0,
     copy_rules: CopyRules = CopyRules(),
+    reuse: ReuseSettings | None = None,
 ) -> Engine:
     """An engine whose clock is a `VirtualClock` and moves by modelled step times.
 
     The KV pool has `config.kv_memory_bytes`, or `kv_share` of what `memory_fraction` of the device leaves beside the
     weights; a host tier, where `config` asks for one, is behind the device's link. `copy_rules` say when blocks go to
-    the host. Raises KvarnError for impossible settings, CapacityError when no block fits. Speculation is not simulated.
+    the host; `reuse` counts for more than `config.reuse`. Raises KvarnError for impossible settings, CapacityError when
+    no block fits. Speculation is not simulated.
     """
     config.validate()
+    reuse = reuse or config.reuse_settings()
     roofline = Roofline.of(accelerator, model, config.precision, config.kv_dtype)
     num_blocks = _count_blocks(config, roofline, memory_fraction, kv_share)
     clock = VirtualClock()
@@ -54,7 +61,19 @@ def simulated_engine(
         vocab_size=model.vocabulary,
         tiers=tiers,
         agents=AgentCalls(cache, tiers) if config.knows_agents else None,
+        rounds=None if reuse is None else _rounds(config, reuse, roofline, cache, clock),
+        round_budget=config.prefill_budget,
     )
+
+
+def _rounds(
+    config: EngineConfig, reuse: ReuseSettings, roofline: Roofline, cache: KVCache, clock: VirtualClock
+) -> RoundCalls:
+    block_bytes = roofline.model.kv_bytes_per_token(roofline.kv_bytes) * config.block_size
+    num_blocks = int(config.segment_bytes(int(cache.pool.num_blocks * block_bytes)) // block_bytes)
+    executor = SimulatedSegments(roofline, clock, num_blocks=num_blocks, block_size=config.block_size)
+    cache.segments = SegmentStore(cache, num_blocks)
+    return RoundCalls(cache, cache.segments, executor, reuse)
 
 
 def _count_blocks(config: EngineConfig, roofline: Roofline, memory_fraction: float, share: float) -> int:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvarn.models.spec import ForwardBatch
+from kvarn.models.spec import ForwardBatch, SharedViews
 from kvarn.serving.batch import Batch
+from kvarn.serving.executors.shared_views import pack_views
 from kvarn.serving.request import Request
 
 
@@ -43,6 +44,9 @@ class Packer:
         self._num_logits = 0
         self._width = 0
         self._forward: ForwardBatch | None = None
+        self._laid_out: list[int] = []
+        """Places in the batch of requests with a layout."""
+        self._views: SharedViews | None = None
 
     def pack(self, batch: Batch) -> ForwardBatch:
         """Tensors of the batch. A row that samples wants logits for its last token and each draft before it."""
@@ -54,10 +58,15 @@ class Packer:
         rows = len(self._sequence_of_row)
         positions = self._positions[:rows]
         positions[:] = starts[self._sequence_of_row] + self._offset_in_chunk
-        blocks, offsets = np.divmod(positions, self._block_size)
-        self._slots[:rows] = self._tables[self._sequence_of_row, blocks] * self._block_size + offsets
+        own_slots: NDArray[np.int32] = positions
         self._kv_slots[: len(requests)] = ends
-        if rows == len(requests):
+        if self._laid_out:
+            own_slots = self._place(requests, starts, ends)
+        blocks, offsets = np.divmod(own_slots, self._block_size)
+        self._slots[:rows] = self._tables[self._sequence_of_row, blocks] * self._block_size + offsets
+        if self._laid_out:
+            self._tokens[:rows] = _tokens_at(requests, positions, self._query_starts)
+        elif rows == len(requests):
             self._tokens[:rows] = [request.tokens[request.num_computed] for request in requests]
         else:
             chunks = zip(requests, starts.tolist(), ends.tolist(), strict=True)
@@ -65,6 +74,19 @@ class Packer:
         if self._forward is None or self._device.type != "cpu":
             self._forward = self._tensors(rows, len(requests))
         return self._forward
+
+    def _place(self, requests: list[Request], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Correct positions, and slots that may be looked at, of requests with a layout; the own slots of all rows."""
+        own_slots = self._positions[: len(self._sequence_of_row)].copy()
+        for i in self._laid_out:
+            layout = requests[i].layout
+            assert layout is not None
+            rows = slice(self._query_starts[i], self._query_starts[i + 1])
+            positions = layout.positions(int(starts[i]), int(ends[i]))
+            self._positions[rows] = positions
+            own_slots[rows] = layout.own_slots(positions)
+            self._kv_slots[i] = layout.slots_in_use(int(ends[i]))
+        return own_slots
 
     def _lay_out(self, batch: Batch) -> None:
         """Work out what follows from requests and counts, unless all of it is as in the last step."""
@@ -80,6 +102,7 @@ class Packer:
             self._known_blocks[:] = 0
             self._width = 0
         self._layout, self._forward = layout, None
+        self._laid_out = [i for i, request in enumerate(requests) if request.layout is not None]
         self._counts = np.array(counts)
         ends = np.cumsum(self._counts)
         self._query_starts[1 : len(counts) + 1] = ends
@@ -90,11 +113,19 @@ class Packer:
         rows = np.flatnonzero(wanted)
         self._num_logits = len(rows)
         self._logit_rows[: len(rows)] = rows
+        self._views = pack_views(requests, self._query_starts, self._block_size) if self._laid_out else None
 
     def _update_tables(self, requests: list[Request], ends: NDArray[np.int64]) -> None:
         """Copy the blocks that the tables do not have yet."""
         known = self._known_blocks[: len(requests)]
-        blocks: NDArray[np.int64] = (ends + self._block_size - 1) // self._block_size
+        slots = ends
+        if self._laid_out:
+            used = [
+                each.layout.slots_in_use(int(end)) if each.layout else end
+                for each, end in zip(requests, ends, strict=True)
+            ]
+            slots = np.array(used)
+        blocks: NDArray[np.int64] = (slots + self._block_size - 1) // self._block_size
         grown = np.flatnonzero(blocks > known).tolist()
         if not grown:
             return
@@ -118,7 +149,16 @@ class Packer:
             kv_slots=self._tensor(self._kv_slots[:num_requests]),
             query_starts=self._tensor(self._query_starts[: num_requests + 1]),
             logit_rows=self._tensor(self._logit_rows[: self._num_logits]),
+            views=self._views,
         )
 
     def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _tokens_at(
+    requests: list[Request], positions: NDArray[np.int32], query_starts: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Tokens of rows at any positions."""
+    parts = [request.tokens[positions[query_starts[i] : query_starts[i + 1]]] for i, request in enumerate(requests)]
+    return np.concatenate(parts)

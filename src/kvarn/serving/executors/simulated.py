@@ -10,6 +10,7 @@ from kvarn.hardware.roofline import Roofline
 from kvarn.serving.batch import Batch, SampledToken
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.request import Request
+from kvarn.serving.rounds.layout import Layout
 
 _CYCLE = 256
 
@@ -38,6 +39,7 @@ class SimulatedExecutor:
     def execute(self, batch: Batch) -> list[list[SampledToken]]:
         decodes = context = 0
         chunks, sampled = [], []
+        readers: list[Layout] = []
         results = self._results
         for row in batch.rows:
             request, count = row.request, row.count
@@ -45,14 +47,25 @@ class SimulatedExecutor:
             if count == 1:
                 decodes += 1
                 context += computed + 1
+                if request.layout is not None and request.layout.views:
+                    readers.append(request.layout)
             else:
                 chunks.append((computed, count))
             if computed + count - row.drafts == known:
                 sampled.append(results[known % _CYCLE])
+        if readers:
+            context -= self._read_once(readers)
         seconds = self.roofline.seconds(decodes, context, chunks, len(sampled))
         self.forward_seconds += seconds
         self.clock.advance(seconds)
         return sampled
+
+    def _read_once(self, readers: list[Layout]) -> int:
+        """Tokens that decode rows need not read, as others in the step read them too. All are still multiplied with."""
+        reads = sum([layout.reused for layout in readers])
+        segments = {id(view.segment): view.segment for layout in readers for view in layout.views}
+        unique = min(reads, sum([segment.length for segment in segments.values()]))
+        return int(min(reads - unique, reads * self.roofline.reading_share))
 
 
 def token_at(known: int, vocabulary: int) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvarn.serving.kvcache.pool import BlockPool
 from kvarn.serving.kvcache.prefix import ROOT, PrefixEntry, PrefixIndex, chain_hashes, leading
+from kvarn.serving.kvcache.segments import SegmentStore
 from kvarn.serving.request import Request
 
 
@@ -19,8 +20,11 @@ class PrefixHit:
     """What the cache already holds of a waiting request."""
 
     tokens: int
+    """Those of shared segments included."""
+    blocks: int
+    """Of its own block table, with its leading tokens."""
     idle_blocks: int
-    """Blocks of it that nobody references now: taking them lowers the number of available blocks."""
+    """Blocks of these that nobody references now: taking them lowers the number of available blocks."""
 
 
 class KVCache:
@@ -30,9 +34,21 @@ class KVCache:
         self.block_size = block_size
         self.share_prefixes = share_prefixes
         self.index = PrefixIndex()
-        self.pool = BlockPool(num_blocks, on_evict=self.index.remove)
+        self.pool = BlockPool(num_blocks, on_evict=self._evicted)
+        self.segments: SegmentStore | None = None
+        """Of an engine that reuses shared segments."""
         self.queried_tokens = 0
         self.hit_tokens = 0
+
+    def keeps(self, block: int) -> bool:
+        """Whether a block that nobody uses has content worth keeping."""
+        return block in self.index or (self.segments is not None and block in self.segments)
+
+    def _evicted(self, block: int) -> None:
+        if block in self.index:
+            self.index.remove(block)
+        elif self.segments is not None:
+            self.segments.evicted(block)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -42,12 +58,17 @@ class KVCache:
         """How much of a waiting request is cached, without taking it."""
         entries = self._match(request)
         idle = sum(self.pool.references(entry.block) == 0 for entry in entries)
-        return PrefixHit(len(entries) * self.block_size, idle)
+        reused = 0 if request.layout is None else request.layout.reused
+        return PrefixHit(len(entries) * self.block_size + reused, len(entries), idle)
+
+    def prefix_blocks(self, request: Request, tokens: int) -> list[int]:
+        """Device blocks with the KV of the first `tokens` tokens of a waiting request, as far as it is cached."""
+        return [entry.block for entry in self._match(request)][: tokens // self.block_size]
 
     def device_blocks(self, request: Request) -> int:
         """Leading blocks of a request whose KV is on the device, held or cached, as far as its hashes are known."""
         if request.num_blocks:
-            return self.blocks_for(request.num_computed)
+            return self.blocks_for(request.exact_tokens)
         return leading(request.block_hashes, self.index.holds)
 
     def shares_prefix(self, request: Request, other: Request, tokens: int) -> bool:
@@ -62,19 +83,20 @@ class KVCache:
         blocks = [entry.block for entry in entries]
         self.pool.acquire(blocks)
         request.add_blocks(blocks)
-        request.num_computed = len(blocks) * self.block_size
+        request.num_computed = len(blocks) * self.block_size + (request.layout.reused if request.layout else 0)
         request.indexed_blocks = len(blocks)
         request.prefix_entry = entries[-1].id if entries else ROOT
         if request.preemptions == 0:
             request.cached_tokens = request.num_computed
             self.queried_tokens += request.prompt_length
-            self.hit_tokens += request.cached_tokens
+            self.hit_tokens += len(blocks) * self.block_size
 
     def grow(self, request: Request, tokens: int) -> bool:
         """Make room for the first `tokens` tokens of a request; False, and nothing changed, if there is none."""
-        if tokens <= request.num_blocks * self.block_size:
+        slots = tokens + request.slot_surplus
+        if slots <= request.num_blocks * self.block_size:
             return True
-        missing = self.blocks_for(tokens) - request.num_blocks
+        missing = self.blocks_for(slots) - request.num_blocks
         blocks = self.pool.allocate(missing)
         if blocks is None:
             return False
@@ -83,7 +105,7 @@ class KVCache:
 
     def commit(self, request: Request) -> None:
         """Index the blocks that the last forward pass filled."""
-        full = request.num_computed // self.block_size
+        full = request.exact_tokens // self.block_size
         if not self.share_prefixes or full <= request.indexed_blocks or request.prefix_entry < ROOT:
             return
         self._extend_hashes(request, full)
@@ -101,12 +123,12 @@ class KVCache:
             request.indexed_blocks = i + 1
 
     def reclaimable(self, request: Request) -> int:
-        """Blocks that become available if this request is preempted."""
+        """Blocks that become available if this request is preempted; what it reads of shared segments stays."""
         return sum(self.pool.references(block) == 1 for block in request.blocks)
 
     def release(self, request: Request) -> None:
         """Take back every block of a request; indexed ones stay cached."""
-        self.pool.release(request.blocks, keep=self.index.__contains__)
+        self.pool.release(request.blocks, keep=self.keeps)
         request.num_blocks = request.num_computed = request.indexed_blocks = 0
         request.prefix_entry = ROOT
 
@@ -140,22 +162,23 @@ class KVCache:
         """
         self.pool.check()
         references = [0] * self.pool.num_blocks
-        for block in also_held:
+        for block in (*also_held, *(self.segments.held_blocks() if self.segments is not None else ())):
             references[block] += 1
         for request in holders:
-            assert self.blocks_for(request.num_computed) <= request.num_blocks, f"{request.id}: KV without a block"
+            slots = request.num_computed + request.slot_surplus
+            assert self.blocks_for(slots) <= request.num_blocks, f"{request.id}: KV without a block"
             for block in request.blocks:
                 references[block] += 1
         held = [self.pool.references(block) for block in range(self.pool.num_blocks)]
         assert references == held, "block tables and reference counts disagree"
-        cached = sum(1 for block in range(self.pool.num_blocks) if held[block] == 0 and block in self.index)
+        cached = sum(1 for block in range(self.pool.num_blocks) if held[block] == 0 and self.keeps(block))
         assert cached == self.pool.num_cached, "cached blocks and the index disagree"
 
     def _match(self, request: Request) -> list[PrefixEntry]:
         if not self.share_prefixes:
             return []
         # The last token is always computed: its logits are what the request waits for.
-        usable = (request.num_tokens - 1) // self.block_size
+        usable = min(request.num_tokens - 1, request.exact_limit) // self.block_size
         self._extend_hashes(request, usable)
         return self.index.match(request.block_hashes[:usable], request.tokens, request.tenant)
 

@@ -41,7 +41,7 @@ class HostCopies:
         In the order of their tokens, so that what is on the host is always a prefix. Stops where the host is full.
         """
         size, copies = self._cache.block_size, self._of.get(request.id, [])
-        full = request.num_computed // size
+        full = request.exact_tokens // size
         if len(copies) >= full:
             return 0
         salt = self._cache.salt(request)
@@ -71,10 +71,10 @@ class HostCopies:
 
     def put_away(self, request: Request) -> None:
         """Queue copies of all that a running request holds and the host does not: it gives up its blocks."""
-        size, full = self._cache.block_size, request.num_computed // self._cache.block_size
+        size, full = self._cache.block_size, request.exact_tokens // self._cache.block_size
         self.extend(request, full)
         self.drop_tail(request)
-        if request.num_computed == full * size or len(self.of(request)) < full:
+        if request.layout is not None or request.num_computed == full * size or len(self.of(request)) < full:
             return
         parent = self._cache.hashes(request, full)[full - 1] if full else b""
         tokens = request.tokens[full * size : request.num_computed].tobytes()

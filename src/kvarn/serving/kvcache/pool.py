@@ -7,6 +7,7 @@ CACHED  referenced by none, kept because the prefix index knows its content; the
     allocate: FREE -> ACTIVE                       (or CACHED -> ACTIVE with new content, after eviction)
     acquire:  CACHED -> ACTIVE, ACTIVE -> ACTIVE   (one more reference to the same content)
     release:  ACTIVE -> ACTIVE | CACHED | FREE     (one reference less)
+    free_cached: CACHED -> FREE
 """
 
 from __future__ import annotations
@@ -92,6 +93,13 @@ class BlockPool:
                     self._cached[block] = None
                 else:
                     self._free.append(block)
+
+    def free_cached(self, blocks: Iterable[int]) -> None:
+        """The content of cached blocks is worth nothing any more; others are left alone."""
+        for block in blocks:
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
 
     def check(self) -> None:
         """Raise AssertionError unless every block is in exactly one state."""

@@ -120,7 +120,7 @@ class Tiers:
 
     def unmirrored(self, request: Request) -> int:
         """Blocks of a running request that have no copy on the host, finished or under way; a partial one counts."""
-        return self.cache.blocks_for(request.num_computed) - len(self._host_copies.of(request))
+        return self.cache.blocks_for(request.exact_tokens) - len(self._host_copies.of(request))
 
     def is_leaving(self, request: Request) -> bool:
         """Whether copies to the host that are kept for a request are under way."""
@@ -166,8 +166,8 @@ class Tiers:
 
     def loadable_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that all tiers hold together."""
-        cached = self._cached_blocks(request)
-        return cached * self.cache.block_size + sum(map(_tokens_in, self._match(request, cached)))
+        hit = self.cache.lookup(request)
+        return hit.tokens + sum(map(_tokens_in, self._match(request, hit.blocks)))
 
     def places(self, request: Request) -> KVPlaces:
         """Where the KV of a request is now, each tier counted by itself."""
@@ -194,7 +194,7 @@ class Tiers:
         if not found:
             return False
         cache.admit(request)
-        if not cache.grow(request, (first + len(found)) * cache.block_size):
+        if not cache.grow(request, (first + len(found)) * cache.block_size - request.slot_surplus):
             cache.release(request)
             return False
         entries = self._arrivals.gather(found, cache.salt(request))
@@ -293,7 +293,7 @@ class Tiers:
         self._host_copies.drop_lost()
 
     def _cached_blocks(self, request: Request) -> int:
-        return self.cache.lookup(request).tokens // self.cache.block_size
+        return self.cache.lookup(request).blocks
 
     def _match(self, request: Request, first: int) -> list[HostEntry | DiskEntry]:
         """Where the blocks of a request from number `first` on are, or are being read to, up to the first missing."""
@@ -307,7 +307,7 @@ class Tiers:
 
     def _match_full(self, request: Request, first: int) -> list[HostEntry | DiskEntry]:
         size, salt = self.cache.block_size, self.cache.salt(request)
-        usable = (request.num_tokens - 1) // size  # the last token is always computed
+        usable = min(request.num_tokens - 1, request.exact_limit) // size  # the last token is always computed
         # Its own copies need not be looked for: they are pinned.
         own = self._host_copies.of(request)[first:usable]
         found: list[HostEntry | DiskEntry] = [*takewhile(attrgetter("clean"), own)]

@@ -127,4 +127,4 @@ def _make_room(plan: Plan, step: Step, blocks: int, rows: int, running: set[str]
 
 def _lacking(snapshot: Snapshot, request: RequestView) -> int:
     """Blocks that the known tokens of a running request still need."""
-    return max(0, snapshot.blocks_for(request.num_tokens) - request.num_blocks)
+    return max(0, snapshot.blocks_for(request.num_slots) - request.num_blocks)

@@ -65,7 +65,7 @@ class Ranked:
         bring, staying = [], set()
         for request in ranked:
             # One more than it has tokens for, but not more than there are: else who fills the pool would never come.
-            need = min(snapshot.blocks_for(request.num_tokens) + 1, snapshot.num_blocks)
+            need = min(snapshot.blocks_for(request.num_slots) + 1, snapshot.num_blocks)
             if need > room or places <= 0:
                 break
             room -= need

@@ -21,6 +21,8 @@ class Offer(NamedTuple):
     request: RequestView
     cached_tokens: int
     """On the device already."""
+    cached_blocks: int
+    """Of its own block table, with them."""
     idle_blocks: int
     """Blocks of these that nobody else uses: taking them leaves so many less."""
     blocks: int
@@ -54,7 +56,7 @@ class Step:
         self.load = load
         self.budget = snapshot.token_budget
         self.available = snapshot.available_blocks
-        self.promised = sum([snapshot.blocks_for(r.num_tokens) - r.num_blocks for r in snapshot.loading])
+        self.promised = sum([snapshot.blocks_for(r.num_slots) - r.num_blocks for r in snapshot.loading])
         """Blocks that admitted prompts still need for chunks to come, and loaded ones for what is not loaded."""
         self.num_running = len(running) + len(snapshot.loading)
         self.grants: list[Grant] = []
@@ -104,11 +106,11 @@ class Step:
                 prefilling.append(request)
             elif request.id not in paused and request.id not in self.evicted:
                 decoding.append(request)
-                needed += total > request.num_blocks * size
+                needed += total + request.slot_surplus > request.num_blocks * size
         while self._is_short_of(needed):
             self._give_way(self._next_giver())
             decoding = [request for request in decoding if request.id not in self.evicted]
-            needed = sum(request.num_tokens > request.num_blocks * size for request in decoding)
+            needed = sum(request.num_slots > request.num_blocks * size for request in decoding)
         if needed > self.available:
             decoding, needed = self._supplied(decoding), self.available
         if len(decoding) <= self.budget:
@@ -130,19 +132,18 @@ class Step:
         tokens = min(request.num_uncomputed, self.budget if limit is None else min(limit, self.budget))
         if tokens <= 0 or request.id in self.evicted:
             return
-        needed = max(0, self.snapshot.blocks_for(request.num_computed + tokens) - request.num_blocks)
+        slots = request.num_computed + tokens + request.slot_surplus
+        needed = max(0, self.snapshot.blocks_for(slots) - request.num_blocks)
         while self._is_short_of(needed):
             giver = self._next_giver()
             self._give_way(giver)
             if giver is request:
                 return
         if needed > self.available:  # the rest is coming
-            self.promised += self.snapshot.blocks_for(request.num_tokens) - request.num_blocks
+            self.promised += self.snapshot.blocks_for(request.num_slots) - request.num_blocks
             return
         self._grant(request.id, tokens, needed)
-        self.promised += self.snapshot.blocks_for(request.num_tokens) - self.snapshot.blocks_for(
-            request.num_computed + tokens
-        )
+        self.promised += self.snapshot.blocks_for(request.num_slots) - self.snapshot.blocks_for(slots)
 
     def evict(self, request: RequestView) -> None:
         """Take a running request off the device, through the host where its blocks are copied first."""
@@ -163,7 +164,7 @@ class Step:
             self.served.remove(request.id)
             self.grants = [grant for grant in self.grants if grant.id != request.id]
             self.budget += 1
-            self.available += request.num_tokens > request.num_blocks * self.snapshot.block_size
+            self.available += request.num_slots > request.num_blocks * self.snapshot.block_size
 
     def let_go(self, stall: StallView, verb: Verb) -> None:
         """Take a stalled conversation off the device: "offload" copies first what the host lacks."""
@@ -204,9 +205,9 @@ class Step:
     def offer(self, request: RequestView) -> Offer:
         """What admitting a waiting request would take."""
         hit = self.snapshot.prefix_hit(request.id)
-        blocks = self.snapshot.blocks_for(request.num_tokens) - hit.tokens // self.snapshot.block_size
+        blocks = self.snapshot.blocks_for(request.num_slots) - hit.blocks
         loads = worth_loading(self.snapshot, request, hit.tokens) if self.load else 0
-        return Offer(request, hit.tokens, hit.idle_blocks, blocks, loads)
+        return Offer(request, hit.tokens, hit.blocks, hit.idle_blocks, blocks, loads)
 
     def admit(self, request: RequestView, headroom_blocks: int = 0) -> bool:
         """Grant the first tokens of a waiting request, or load them.
@@ -223,9 +224,10 @@ class Step:
 
     def take(self, offer: Offer) -> None:
         """Admit a request whose blocks are known to be there."""
-        size, cached = self.snapshot.block_size, offer.cached_tokens
+        cached = offer.cached_tokens
         tokens = offer.loaded_tokens or min(offer.request.num_tokens - cached, self.budget)
-        first = self.snapshot.blocks_for(cached + tokens) - cached // size
+        slots = cached + tokens + offer.request.slot_surplus
+        first = self.snapshot.blocks_for(slots) - offer.cached_blocks
         self.promised += offer.blocks - first
         if offer.loaded_tokens:
             self._loads.append(offer.request.id)
@@ -247,7 +249,7 @@ class Step:
         """Those whose next token has a place now: the first of those who need a block, and all who need none."""
         supplied, left = [], self.available
         for request in decoding:
-            needs = request.num_tokens > request.num_blocks * self.snapshot.block_size
+            needs = request.num_slots > request.num_blocks * self.snapshot.block_size
             if needs <= left:
                 supplied.append(request)
                 left -= needs

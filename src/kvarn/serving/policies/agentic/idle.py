@@ -181,7 +181,7 @@ class Idle:
         waiting = sorted(snapshot.waiting, key=ranks)[:_ASKED]
         waits = [now - request.arrival for request in snapshot.waiting]
         return Load(
-            waiting=[(snapshot.blocks_for(each.num_tokens), each.num_tokens + each.max_outputs) for each in waiting],
+            waiting=[(snapshot.blocks_for(each.num_slots), each.num_tokens + each.max_outputs) for each in waiting],
             tokens_per_second=max(1, len(snapshot.running)) / seconds,
             batch_tokens=context,
             queue_seconds=sum(waits) / len(waits) if waits else 0.0,

@@ -63,7 +63,7 @@ class Metered:
             if request.id in let_in or request.id in self._denied or not _is_critical(request):
                 continue
             hit = snapshot.prefix_hit(request.id)
-            lacking = snapshot.blocks_for(request.num_tokens) - hit.tokens // snapshot.block_size + hit.idle_blocks
+            lacking = snapshot.blocks_for(request.num_slots) - hit.blocks + hit.idle_blocks
             lacking -= snapshot.available_blocks
             if lacking > 0 and self._minor_blocks(request, holders, snapshot) >= lacking:
                 self._denied.add(request.id)

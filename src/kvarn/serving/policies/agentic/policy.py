@@ -241,7 +241,7 @@ class Agentic:
             used[_role(request)] = used.get(_role(request), 0) + request.num_blocks
             scores.setdefault(_role(request), []).append(-self.ranks(request)[0])
         for request in queue[:_COUNTED]:
-            waiting[_role(request)] = waiting.get(_role(request), 0) + snapshot.blocks_for(request.num_tokens)
+            waiting[_role(request)] = waiting.get(_role(request), 0) + snapshot.blocks_for(request.num_slots)
             scores.setdefault(_role(request), []).append(-self.ranks(request)[0])
         means = {role: sum(values) / len(values) for role, values in scores.items()}
         self.reservations.update(now, used, means)

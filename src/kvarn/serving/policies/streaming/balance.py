@@ -112,7 +112,7 @@ def balance(
     held = sum([request.num_blocks for request in snapshot.running]) + snapshot.available_blocks
     if snapshot.tiers is not None:
         held += snapshot.tiers.coming_blocks
-    loading = sum([snapshot.blocks_for(request.num_tokens) - request.num_blocks for request in snapshot.loading])
+    loading = sum([snapshot.blocks_for(request.num_slots) - request.num_blocks for request in snapshot.loading])
     # Blocks that requests share count for each of them, here as in what each needs.
     room = held - loading
     places = snapshot.max_running - len(snapshot.loading)
@@ -160,7 +160,7 @@ def _newcomers(
     admitted: list[RequestView] = []
     wanted, demand = 0.0, 0.0
     for request in newcomers:
-        need = snapshot.blocks_for(request.num_tokens) + settings.headroom_blocks
+        need = snapshot.blocks_for(request.num_slots) + settings.headroom_blocks
         demand += request.reader.rate
         held += snapshot.blocks_for(request.prompt_length + int(estimates.length_of(request)))
         alone = serving == 0 and not admitted

@@ -1,0 +1,331 @@
+"""Rounds as the engine has them: requests with shared segments wait here until what they share is encoded.
+
+A round goes through four stages: its members gather (`rounds.barrier`), segments that nobody has encoded are encoded
+together, those whose KV deviates most in their places are chosen (`rounds.selection`), and each member gets a layout
+(`rounds.layout`) and becomes a waiting request like any other, with most of its prompt computed. Encoding rides in
+front of steps, within their budget of prompt tokens, so a long round never stalls the readers of others.
+
+From then on the policy has it: members are admitted, preempted and finished one by one. What a preempted member read of
+segments stays, since it pins them until it ends; what it computed is computed again, with the same choice.
+
+Source: TokenDance (arXiv 2604.03143), 4.2.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.segments import SegmentStore
+from kvarn.serving.request import Request, RequestState
+from kvarn.serving.rounds.barrier import Barrier, Gathered, RoundKey
+from kvarn.serving.rounds.layout import Placed, lay_out
+from kvarn.serving.rounds.segment import StoredSegment
+from kvarn.serving.rounds.selection import block_means, choose_blocks, choose_tokens, first_blocks
+from kvarn.serving.rounds.settings import ReuseSettings
+from kvarn.serving.rounds.spans import Span, spans_of
+from kvarn.serving.rounds.work import EncodeJob, Probe, SegmentExecutor
+
+_REMEMBERED = 256
+"""Rounds whose choice of blocks is kept for members that come late."""
+Choice = dict[bytes, frozenset[int]]
+"""Blocks to compute anew, by the segment's key."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Members that are worked on together."""
+
+    gathered: Gathered[Request]
+    members: list[Request]
+    """Those that are still to be released."""
+    segments: dict[int, list[tuple[Span, StoredSegment]]] = field(default_factory=dict)
+    """Of each member, by its id() in memory, which segments stand where."""
+    resolved: bool = False
+    waits_for: Request | None = None
+    """In mode "serial", whoever has to get his first token before the next one is looked at."""
+
+
+class RoundCalls:
+    """Of one engine; None there where nothing but prefixes is reused."""
+
+    def __init__(self, cache: KVCache, store: SegmentStore, executor: SegmentExecutor, settings: ReuseSettings) -> None:
+        self.cache = cache
+        self.store = store
+        self.executor = executor
+        self.settings = settings
+        self.counters = RoundCounters()
+        self._barrier: Barrier[Request] = Barrier(settings.wait)
+        self._groups: list[_Group] = []
+        self._choices: OrderedDict[RoundKey, Choice] = OrderedDict()
+
+    # ---- the engine tells --------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> bool:
+        """A request has come; whether it waits here. RequestError for a member that cannot belong to its round."""
+        if request.round is not None:
+            agent = request.round.agent or request.id
+            self._barrier.join(request, request.tenant, request.round, agent, now)
+            return True
+        if any(part.kind == "shared" for part in request.segments):
+            self._groups.append(_Group(Gathered(("", request.id), [request], now), [request]))
+            return True
+        return False
+
+    def remove(self, request: Request) -> bool:
+        """A request is gone; whether it waited here."""
+        for group in self._groups:
+            if request in group.members:
+                group.members.remove(request)
+                self._let_go(group, request)
+                return True
+        return self._barrier.leave(request)
+
+    def ended(self, request: Request) -> None:
+        """A request has ended: what it read may go."""
+        if request.layout is not None:
+            for each in request.layout.placed:
+                self.store.unpin(each.segment)
+            request.set_layout(None)
+
+    def admitted(self, request: Request) -> bool:
+        """A request has got its first blocks; False when there are none for the segments that it copies."""
+        if request.layout is None or not request.layout.copies:
+            return True
+        if not self.cache.grow(request, request.prompt_length):
+            return False
+        self.executor.copy_in(request)
+        return True
+
+    @property
+    def num_held(self) -> int:
+        """Requests that wait here."""
+        return self._barrier.num_waiting + sum(len(group.members) for group in self._groups)
+
+    def wake_at(self) -> float:
+        return self._barrier.wake_at()
+
+    def advance(self, now: float, budget: int, *, alone: bool) -> tuple[list[Request], bool]:
+        """Go on with rounds, encoding at most `budget` tokens; who is ready, and whether anything was done.
+
+        alone   nobody else runs: nothing will come free
+        """
+        for gathered in self._barrier.due(now):
+            self._groups.append(_Group(gathered, list(gathered.members)))
+            self.counters.late_members += gathered.late
+            self.counters.collected_rounds += not gathered.late
+        released: list[Request] = []
+        worked = False
+        while self._groups and budget > 0:
+            group = self._groups[0]
+            if (
+                group.waits_for is not None
+                and not group.waits_for.num_outputs
+                and (group.waits_for.state is not RequestState.FINISHED)
+            ):
+                break
+            members = group.members[:1] if self.settings.mode == "serial" else list(group.members)
+            if not group.resolved:
+                self._resolve(group)
+            missing = self._missing(group, members)
+            if missing:
+                used = self._encode(missing, budget)
+                worked |= used > 0
+                budget -= used
+                if used:
+                    continue
+                if not alone or released:
+                    break
+                for request in members:  # there is no room, and there will be none: without its segments then
+                    self._let_go(group, request)
+                    group.segments[id(request)] = []
+            self._release(group, members)
+            worked = True
+            released += members
+            group.members = [request for request in group.members if request not in members]
+            group.waits_for = members[0] if self.settings.mode == "serial" and members else None
+            if not group.members:
+                self._groups.pop(0)
+        return released, worked
+
+    # ---- the stages of a round ---------------------------------------------------------------------------
+
+    def _resolve(self, group: _Group) -> None:
+        """Find or begin the segments of all members."""
+        group.resolved = True
+        common = _common_prefix([request.known_tokens for request in group.members])
+        for request in group.members:
+            hit = self.cache.lookup(request).tokens
+            exact = max(hit, common if len(group.members) > 1 else 0)
+            taken: list[tuple[Span, StoredSegment]] = []
+            sink = request.tokens[: self.settings.sink_tokens]
+            for span in spans_of(request.segments):
+                if span.end <= exact or span.start < len(sink) or span.length < self.settings.shortest:
+                    continue  # computed exactly, like any other text
+                segment = self.store.take(request.tokens[span.start : span.end], sink, self.cache.salt(request))
+                if segment is not None:
+                    taken.append((span, segment))
+            group.segments[id(request)] = taken
+
+    def _missing(self, group: _Group, members: Sequence[Request]) -> list[StoredSegment]:
+        """Segments without what the members need of them."""
+        needed: dict[bytes, StoredSegment] = {}
+        for request in members:
+            for _, segment in group.segments[id(request)]:
+                if not segment.is_encoded or not (segment.blocks or self.settings.is_dense):
+                    needed[segment.key] = segment
+        return list(needed.values())
+
+    def _encode(self, missing: Sequence[StoredSegment], budget: int) -> int:
+        """Bring segments to the device, computing at most `budget` tokens; what that took of the budget."""
+        jobs: list[EncodeJob] = []
+        loads: list[StoredSegment] = []
+        used = 0
+        for segment in missing:
+            if used >= budget or not self.store.place(segment):
+                break
+            if segment.is_encoded:
+                loads.append(segment)
+                used += 1
+                continue
+            count = min(budget - used, segment.sink + segment.length - segment.encoded)
+            jobs.append(EncodeJob(segment, count))
+            used += count
+            if self.settings.mode == "serial":
+                break
+        if loads:
+            self.executor.load(loads)
+            self.counters.loaded_segments += len(loads)
+        if jobs:
+            self.executor.encode(jobs)
+            for job in jobs:
+                job.segment.encoded += job.count
+                self.counters.encoded_tokens += job.count
+        return used
+
+    def _release(self, group: _Group, members: Sequence[Request]) -> None:
+        """Choose what is computed anew, and give each member its layout."""
+        sharing = [request for request in members if group.segments[id(request)]]
+        if self.settings.whole_blocks:
+            choice = self._choose_blocks(group, sharing)
+            placed = {
+                id(request): [
+                    Placed(segment, span.start, choice[segment.key]) for span, segment in group.segments[id(request)]
+                ]
+                for request in sharing
+            }
+        else:
+            placed = self._choose_tokens(group, sharing)
+        for request in sharing:
+            layout = lay_out(
+                request.prompt_length, placed[id(request)], self.cache.block_size, dense=self.settings.is_dense
+            )
+            for each in layout.placed:
+                self.store.pin(each.segment)
+            request.set_layout(layout)
+            self.counters.reused_tokens += layout.reused
+            self.counters.refreshed_tokens += layout.refreshed
+        for request in members:
+            self._let_go(group, request)
+
+    def _choose_blocks(self, group: _Group, members: Sequence[Request]) -> Choice:
+        """One choice for all."""
+        size = self.cache.block_size
+        known: Choice = dict(self._choices.get(group.gathered.key, {}))
+        segments = {
+            segment.key: segment
+            for request in members
+            for _, segment in group.segments[id(request)]
+            if segment.key not in known
+        }
+        if self.settings.mode == "lego":
+            for key, segment in segments.items():
+                known[key] = first_blocks(segment.num_blocks(size), self.settings.lego_blocks)
+        elif segments:
+            probed = self._probe_all(group, _covering(group, members, set(segments), self.settings.probes))
+            pool = np.max if self.settings.sharpness == "max" else np.mean
+            means = [
+                block_means(pool(np.stack(probed[key]), axis=0), segment.sink, size)
+                for key, segment in segments.items()
+            ]
+            known.update(zip(segments, choose_blocks(means, self.settings.share), strict=True))
+        self._choices[group.gathered.key] = known
+        self._choices.move_to_end(group.gathered.key)
+        if len(self._choices) > _REMEMBERED:
+            self._choices.popitem(last=False)
+        return known
+
+    def _choose_tokens(self, group: _Group, members: Sequence[Request]) -> dict[int, list[Placed]]:
+        """For each member by itself."""
+        placed: dict[int, list[Placed]] = {}
+        deviations = self._probe(group, members)
+        for request, found in zip(members, deviations, strict=True):
+            tokens = choose_tokens(found, self.settings.share)
+            placed[id(request)] = [
+                Placed(segment, span.start, tokens=chosen)
+                for (span, segment), chosen in zip(group.segments[id(request)], tokens, strict=True)
+            ]
+        return placed
+
+    def _probe_all(self, group: _Group, probes: Sequence[Request]) -> dict[bytes, list[NDArray[np.float32]]]:
+        found: dict[bytes, list[NDArray[np.float32]]] = {}
+        for request, deviations in zip(probes, self._probe(group, probes), strict=True):
+            for (_, segment), deviation in zip(group.segments[id(request)], deviations, strict=True):
+                found.setdefault(segment.key, []).append(deviation)
+        return found
+
+    def _probe(self, group: _Group, members: Sequence[Request]) -> list[list[NDArray[np.float32]]]:
+        if not members:
+            return []
+        probes = []
+        for request in members:
+            placed = tuple(Placed(segment, span.start) for span, segment in group.segments[id(request)])
+            prefix = self.cache.prefix_blocks(request, placed[0].start)
+            probes.append(Probe(request, tuple(prefix), placed))
+        self.counters.selection_passes += 1 if self.settings.mode != "serial" else len(probes)
+        return self.executor.deviations(probes)
+
+    def _let_go(self, group: _Group, request: Request) -> None:
+        """The group's hold on a member's segments."""
+        for _, segment in group.segments.pop(id(request), []):
+            self.store.unpin(segment)
+
+
+@dataclass(slots=True)
+class RoundCounters:
+    """Since the engine's start."""
+
+    collected_rounds: int = 0
+    late_members: int = 0
+    encoded_tokens: int = 0
+    loaded_segments: int = 0
+    reused_tokens: int = 0
+    refreshed_tokens: int = 0
+    selection_passes: int = 0
+
+
+def _covering(group: _Group, members: Sequence[Request], keys: set[bytes], least: int) -> list[Request]:
+    """The first members, so many that each segment is seen by one of them, and `least` at least."""
+    chosen: list[Request] = []
+    unseen = set(keys)
+    for request in members:
+        sees = {segment.key for _, segment in group.segments[id(request)]}
+        if sees & unseen or (len(chosen) < least and sees & keys):
+            chosen.append(request)
+            unseen -= sees
+    return chosen
+
+
+def _common_prefix(prompts: Sequence[NDArray[np.int32]]) -> int:
+    """Leading tokens that all have in common."""
+    shortest = min(map(len, prompts), default=0)
+    common = shortest
+    for prompt in prompts[1:]:
+        differs = np.flatnonzero(prompt[:common] != prompts[0][:common])
+        common = int(differs[0]) if len(differs) else common
+    return common
