@@ -113,6 +113,16 @@ class OpenAIServer:
         whole = [token for part in body.get("segments", ()) for token in part["content"]]
         await self._ids({"prompt": whole} | body, writer)
 
+    async def _brief(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Three tokens at most, the last of which, 0, is an end, and no text."""
+        ids = [7, 8, 0][: body["max_tokens"]]
+        choice = {"index": 0, "text": "", "token_ids": ids, "finish_reason": "length" if ids[-1] else "stop"}
+        usage = {"completion_tokens": len(ids), "prompt_tokens": len(body["prompt"])}
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for piece in ({"choices": [choice]}, {"choices": [], "usage": usage}):
+            writer.write(f"data: {json.dumps(piece)}\n\n".encode())
+        writer.write(b"data: [DONE]\n\n")
+
     async def _unknown(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         error = b'{"error": {"message": "prompt: Field required", "type": "invalid_request"}}'
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(error), error))

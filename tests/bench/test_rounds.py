@@ -93,6 +93,16 @@ def test_agents_read_the_very_tokens_that_the_server_made() -> None:
         assert heard == said
 
 
+def test_nobody_reads_the_token_that_ends_an_answer() -> None:
+    with OpenAIServer() as server:
+        bench(server.url, *SMALL, "--model", "brief", "--plain", "--no-ignore-eos", "--task-tokens", "1")
+    later = [prompt for prompt in prompts(server) if 7 in prompt]
+    assert len(later) == 3
+    for prompt in later:
+        assert 0 not in prompt
+        assert prompt[-7:-1] == [7, 8] * 3
+
+
 def test_a_server_without_segments_gets_plain_prompts_and_the_command_says_so() -> None:
     with OpenAIServer() as server:
         outcome = runner.invoke(app, ["rounds", server.url, *SMALL, "--model", "ids"])

@@ -29,6 +29,7 @@ class Completion:
     """Seconds of `time.perf_counter`."""
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    finish_reason: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | None = None
@@ -44,6 +45,7 @@ class Completion:
         for choice in event.get("choices") or ():
             self.token_ids += choice.get("token_ids") or ()
             self.text += choice.get("text") or ""
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
             if self.first_token is None and (choice.get("text") or choice.get("token_ids")):
                 self.first_token = now
         if usage := event.get("usage"):

@@ -149,8 +149,9 @@ class _Society:
         return turn, answer
 
     def _said(self, answer: Completion) -> Sequence[int]:
+        """Nobody reads the token that ends an answer, which comes among the others."""
         if answer.token_ids or not answer.text:
-            return answer.token_ids
+            return answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
         if self._encode is None:
             raise CompletionFailed("no token ids came")
         return self._encode(answer.text)

@@ -21,7 +21,7 @@ from kvarn.cli.runs import progress_bar, stderr
 from kvarn.errors import KvarnError
 from kvarn.simulation.rounds.report import RoundsRun, render
 from kvarn.simulation.rounds.scenarios import Society, Span, scenarios_of
-from kvarn.simulation.rounds.texts import RoundTexts, ScenarioTexts, SeededTexts
+from kvarn.simulation.rounds.texts import CHATML, Frame, RoundTexts, ScenarioTexts, SeededTexts
 from kvarn.simulation.rounds.workload import HistoryStyle, Order, RoundWorkload, SocietySpec, draw_societies
 
 _work = partial(typer.Option, rich_help_panel="Workload")
@@ -113,7 +113,7 @@ async def _play(
     if asked.tokenizer:
         words = load_tokenizer(asked.tokenizer)
         encode = lambda text: words.encode(text, add_special_tokens=False).ids  # noqa: E731
-        texts = ScenarioTexts(encode, asked.seed)
+        texts = ScenarioTexts(encode, asked.seed, CHATML if words.token_to_id("<|im_start|>") is not None else Frame())
     with progress_bar() as progress:
         task = progress.add_task("asking the server what it knows", total=None)
         abilities = await rounds.probe(settings)

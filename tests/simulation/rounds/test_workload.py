@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvarn.bench.prompts import load_tokenizer
 from kvarn.simulation.rounds.progress import Ask, SocietyRun
 from kvarn.simulation.rounds.scenarios import HISTORY, SCENARIOS, Society, Span, find_scenario, scenarios_of
-from kvarn.simulation.rounds.texts import RoundTexts, ScenarioTexts, SeededTexts
+from kvarn.simulation.rounds.texts import CHATML, RoundTexts, ScenarioTexts, SeededTexts
 from kvarn.simulation.rounds.workload import (
     HistoryStyle,
     Order,
@@ -220,3 +220,19 @@ def test_short_tasks_of_scenario_texts_still_end_with_the_agents_turn() -> None:
     for agent, ask in enumerate(play(spec, texts)[2]):
         assert words.decode(ask.parts[-1].tokens.tolist()).endswith(f"{agent_name(agent)}:")
         assert len(ask.parts[-1].tokens) == 4
+
+
+def test_a_frame_is_part_of_history_and_task() -> None:
+    words = load_tokenizer(MODEL)
+    encode = lambda text: words.encode(text, add_special_tokens=False).ids  # noqa: E731
+    texts = ScenarioTexts(encode, frame=CHATML)
+    [spec] = draw_societies(replace(SMALL, history=Span(40, 60), task_tokens=32))
+    for agent, ask in zip(spec.agents, play(spec, texts)[0], strict=True):
+        history, *_, task = ask.parts
+        assert (len(history.tokens), len(task.tokens)) == (agent.history_tokens, 32)
+        text = words.decode(ask.prompt.tolist(), skip_special_tokens=False)
+        assert text.startswith(f"<|im_start|>system\nYou are {agent.name},")
+        assert text.endswith(f" You are {agent.name}.<|im_end|>\n<|im_start|>assistant\n")
+        assert text.count("<|im_start|>") == 3
+    with pytest.raises(WorkloadError, match="a history of 5 tokens; expected more than"):
+        play(draw_societies(replace(SMALL, history=Span(5, 5)))[0], texts)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvarn.simulation.prompts import mixed_tokens
 from kvarn.simulation.rounds.workload import SocietySpec
+from kvarn.simulation.workloads import WorkloadError
 
 Tokens = NDArray[np.int32]
 
@@ -78,19 +79,44 @@ class SeededTexts:
         return np.array([self._low], dtype=np.int32)
 
 
-class ScenarioTexts:
-    """English, made of the scenario's lines and a few of its own. `encode` makes token ids of a text, no BOS."""
+class Frame(NamedTuple):
+    """What stands around the parts of a prompt, for models made for conversations."""
 
-    def __init__(self, encode: Callable[[str], Sequence[int]], seed: int = 0) -> None:
-        self._encode, self._seed = encode, seed
+    before: str = ""
+    """The history, and counted to it; likewise the next."""
+    between: str = ""
+    """History and what was said."""
+    behind: str = ""
+    """The task, and counted to it: then the model speaks."""
+
+
+CHATML = Frame("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+"""Of SmolLM2-Instruct, Qwen2.5-Instruct and others."""
+
+
+class ScenarioTexts:
+    """English, made of the scenario's lines and a few of its own. `encode` makes token ids of a text, no BOS.
+
+    With a frame each prompt is a conversation of one question; a rolling history's notes then stand behind `between`.
+    """
+
+    def __init__(self, encode: Callable[[str], Sequence[int]], seed: int = 0, frame: Frame = Frame()) -> None:
+        self._encode, self._seed, self._frame = encode, seed, frame
 
     def history(self, spec: SocietySpec, agent: int) -> Tokens:
-        """Cut at the end: a memory may break off."""
+        """Cut at the end: a memory may break off. WorkloadError where the frame leaves no room."""
         name, about = spec.agents[agent].name, spec.scenario
         draw = self._stream(spec, agent, "history")
         trade, habit = draw.choice(_TRADES), draw.choice(_HABITS)
         head = f"You are {name}, {trade}. {name} {habit}. The place is {about.place}; {about.occasion}.\nMemories:\n"
-        return self._cut(head, self._memories(spec, draw), spec.agents[agent].history_tokens)
+        before, between = self._tokens(self._frame.before), self._tokens(self._frame.between)
+        room = spec.agents[agent].history_tokens - len(before) - len(between)
+        if room < 1:
+            raise WorkloadError(
+                f"a history of {spec.agents[agent].history_tokens} tokens; expected more than the "
+                f"{len(before) + len(between)} of what stands around it"
+            )
+        return np.concatenate([before, self._cut(head, self._memories(spec, draw), room), between])
 
     def opening(self, spec: SocietySpec, agent: int) -> Tokens:
         draw = self._stream(spec, agent, "opening")
@@ -106,7 +132,8 @@ class ScenarioTexts:
     def task(self, spec: SocietySpec, agent: int, round: int) -> Tokens:
         """Cut at the front: it ends with the agent's turn to speak."""
         name, questions = spec.agents[agent].name, spec.scenario.questions
-        end = self._tokens(f"\n\nRound {round + 1}. {questions[round % len(questions)]} Be brief.\n{name}:")
+        turn = f" You are {name}.{self._frame.behind}" if self._frame.behind else f"\n{name}:"
+        end = self._tokens(f"\n\nRound {round + 1}. {questions[round % len(questions)]} Be brief.{turn}")
         draw = self._stream(spec, agent, f"task {round}")
         if len(end) < spec.task_tokens:
             asides = (f" {draw.choice(_ASIDES)}" for _ in iter(int, 1))
