@@ -13,7 +13,7 @@ Source: TokenDance (arXiv 2604.03143), 4.2.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,9 +30,11 @@ from kvarn.serving.rounds.selection import block_means, choose_blocks, choose_to
 from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.rounds.spans import Span, spans_of
 from kvarn.serving.rounds.work import EncodeJob, Probe, SegmentExecutor
+from kvarn.serving.rounds_report import RoundFacts, RoundReport
 
 _REMEMBERED = 256
 """Rounds whose choice of blocks is kept for members that come late."""
+_REPORTED = 100
 Choice = dict[bytes, frozenset[int]]
 """Blocks to compute anew, by the segment's key."""
 
@@ -63,6 +65,7 @@ class RoundCalls:
         self._barrier: Barrier[Request] = Barrier(settings.wait)
         self._groups: list[_Group] = []
         self._choices: OrderedDict[RoundKey, Choice] = OrderedDict()
+        self._reports: deque[RoundReport] = deque(maxlen=_REPORTED)
 
     # ---- the engine tells --------------------------------------------------------------------------------
 
@@ -110,6 +113,26 @@ class RoundCalls:
     def wake_at(self) -> float:
         return self._barrier.wake_at()
 
+    def facts(self) -> RoundFacts:
+        counters, store = self.counters, self.store
+        return RoundFacts(
+            collected_rounds=counters.collected_rounds,
+            late_members=counters.late_members,
+            waiting_members=self.num_held,
+            segment_hits=store.hits,
+            segment_misses=store.misses,
+            encoded_tokens=counters.encoded_tokens,
+            reused_tokens=counters.reused_tokens,
+            refreshed_tokens=counters.refreshed_tokens,
+            selection_passes=counters.selection_passes,
+            segment_tokens_held=store.num_tokens,
+            segment_bytes=store.used_blocks * self.executor.block_bytes,
+        )
+
+    def recent(self, limit: int) -> list[RoundReport]:
+        """The last `limit` rounds, the newest first."""
+        return list(self._reports)[:limit]
+
     def advance(self, now: float, budget: int, *, alone: bool) -> tuple[list[Request], bool]:
         """Go on with rounds, encoding at most `budget` tokens; who is ready, and whether anything was done.
 
@@ -144,7 +167,7 @@ class RoundCalls:
                 for request in members:  # there is no room, and there will be none: without its segments then
                     self._let_go(group, request)
                     group.segments[id(request)] = []
-            self._release(group, members)
+            self._release(group, members, now)
             worked = True
             released += members
             group.members = [request for request in group.members if request not in members]
@@ -208,7 +231,7 @@ class RoundCalls:
                 self.counters.encoded_tokens += job.count
         return used
 
-    def _release(self, group: _Group, members: Sequence[Request]) -> None:
+    def _release(self, group: _Group, members: Sequence[Request], now: float) -> None:
         """Choose what is computed anew, and give each member its layout."""
         sharing = [request for request in members if group.segments[id(request)]]
         if self.settings.whole_blocks:
@@ -230,8 +253,29 @@ class RoundCalls:
             request.set_layout(layout)
             self.counters.reused_tokens += layout.reused
             self.counters.refreshed_tokens += layout.refreshed
+        self._report(group, members, now)
         for request in members:
             self._let_go(group, request)
+
+    def _report(self, group: _Group, members: Sequence[Request], now: float) -> None:
+        """Note what became of members that are about to be released; those of serial rounds one by one."""
+        hint = members[0].round if members else None
+        if hint is None:
+            return
+        layouts = [request.layout for request in members if request.layout is not None]
+        segments = {id(each.segment) for layout in layouts for each in layout.placed}
+        self._reports.appendleft(
+            RoundReport(
+                id=hint.id,
+                members=hint.size,
+                arrived=len(group.gathered.members),
+                waited_seconds=now - group.gathered.opened_at,
+                mode=self.settings.mode,
+                segments=len(segments),
+                reused_tokens=sum(layout.reused for layout in layouts),
+                refreshed_tokens=sum(layout.refreshed for layout in layouts),
+            )
+        )
 
     def _choose_blocks(self, group: _Group, members: Sequence[Request]) -> Choice:
         """One choice for all."""

@@ -54,6 +54,10 @@ class TorchSegments:
     def num_blocks(self) -> int:
         return int(self.memory.shape[0])
 
+    @property
+    def block_bytes(self) -> int:
+        return self.memory[0].nbytes
+
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         positions = [np.arange(job.segment.encoded, job.segment.encoded + job.count) for job in jobs]

@@ -35,6 +35,10 @@ class SimulatedSegments:
     def num_blocks(self) -> int:
         return self._num_blocks
 
+    @property
+    def block_bytes(self) -> int:
+        return int(self._block_size * self.roofline.model.kv_bytes_per_token(self.roofline.kv_bytes))
+
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         self._compute([(job.segment.encoded, job.count) for job in jobs])
 
@@ -57,8 +61,7 @@ class SimulatedSegments:
         self.clock.advance(fixed + max(0.0, whole - fixed) * share)
 
     def _move(self, blocks: int) -> None:
-        size = blocks * self._block_size * self.roofline.model.kv_bytes_per_token(self.roofline.kv_bytes)
-        self.clock.advance(size / self.roofline.accelerator.host_to_device)
+        self.clock.advance(blocks * self.block_bytes / self.roofline.accelerator.host_to_device)
 
 
 _PROJECTION = 0.25

@@ -42,6 +42,11 @@ class SegmentExecutor(Protocol):
         """Blocks of the segment memory."""
         ...
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one of these."""
+        ...
+
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
         """Fill device blocks and segment memory with the tokens of the jobs."""
         ...
