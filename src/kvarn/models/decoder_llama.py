@@ -55,6 +55,7 @@ class LlamaDecoder:
     """
 
     capturable = True
+    shares_views = True
 
     def __init__(self, spec: ModelSpec, config: dict[str, Any], reader: LinearReader) -> None:
         self.spec = spec
@@ -75,7 +76,7 @@ class LlamaDecoder:
         if self.native is not None:
             return self.native(
                 residual, batch.positions, batch.slots, batch.block_tables, batch.kv_slots, batch.query_starts,
-                batch.logit_rows, kv.pages, kv.slot_positions,
+                batch.logit_rows, kv.pages, kv.slot_positions, batch.views.tensors() if batch.views else (),
             )  # fmt: skip
         hidden, residual = self._run(batch, kv, residual, len(self._layers))
         if not len(hidden):
@@ -138,10 +139,13 @@ class LlamaDecoder:
             tap(key, value)
         pages = kv.layer(index)
         ops.rope_and_cache(query, key, value, self.cos_sin, batch.positions, pages, batch.slots)
-        attended: torch.Tensor = ops.paged_attention(
+        rows = (
             query, pages, kv.slot_positions, batch.block_tables, batch.kv_slots, batch.query_starts, batch.positions,
-            self._scale, layer.window,
         )  # fmt: skip
+        if batch.views is None:
+            attended = ops.paged_attention(*rows, self._scale, layer.window)
+        else:
+            attended = ops.shared_attention(*rows, *batch.views.tensors(), self.cos_sin, self._scale, layer.window)
         return attended.flatten(1)
 
     def _heads(self, layer: _Layer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

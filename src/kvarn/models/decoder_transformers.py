@@ -59,6 +59,7 @@ class TransformersDecoder:
     """See `kvarn.models.spec.Decoder`. Made by `load`."""
 
     capturable = False  # what a model of transformers does with its tensors is not ours to promise
+    shares_views = False  # nor how it rotates its queries
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         self.spec = spec
@@ -93,6 +94,8 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
+        if batch.views is not None:
+            raise ModelError(f"{self.spec.name} ({self.spec.architecture}) cannot share KV by views; give it copies")
         inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None].long(), "use_cache": False}
         with _running(_Step(batch, kv)):
             if self._keeps_rows:

@@ -84,6 +84,10 @@ class SharedViews:
     shifts: torch.Tensor
     """[U] int32"""
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In the order in which `shared_attention` takes them."""
+        return self.block_tables, self.kv_slots, self.row_starts, self.rows, self.shifts
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -112,6 +116,8 @@ class Decoder(Protocol):
     spec: ModelSpec
     capturable: bool
     """Whether what `forward` launches on a CUDA device depends on shapes alone, so that it can be a CUDA graph."""
+    shares_views: bool
+    """Whether `forward` takes batches with views."""
 
     def forward(self, batch: ForwardBatch, kv: KVMemory) -> torch.Tensor:
         """Write the K and V of every row into `kv` and return logits [R, vocab_size] (any float dtype).

@@ -3,7 +3,8 @@
 In: a ForwardBatch in host memory. Out: logits on the device, valid until the next step. A graph repeats the launches
 of one batch size over the same memory, so the host pays for one launch instead of hundreds. Steps in which every
 sequence has one row that wants logits (decode) are filled up to the next size that was captured; all others, and larger
-ones, are launched as usual, where attention may be planned for each step (`kvarn.kernels.flashinfer`).
+ones, are launched as usual, where attention may be planned for each step (`kvarn.kernels.flashinfer`); those with
+shared views are launched without a plan.
 
 Rows that fill up a batch belong to sequences without slots: they look at nothing. Their keys and values go into spare
 blocks behind those that the pool hands out, each into a slot of its own, so they never touch what a request owns.
@@ -19,7 +20,7 @@ from typing import Final
 import torch
 
 from kvarn.kernels.flashinfer import PagedRows, PlannedAttention
-from kvarn.models.spec import Decoder, ForwardBatch, KVMemory
+from kvarn.models.spec import Decoder, ForwardBatch, KVMemory, SharedViews
 from kvarn.serving.executors.staging import Layout, Staging, copy_batch
 
 _LARGEST: Final = 256
@@ -107,7 +108,7 @@ class DeviceForward:
         """Notes the positions of the batch's slots, writes its keys and values, returns logits [R, vocab_size]."""
         rows = batch.tokens.shape[0]
         decodes = rows == batch.block_tables.shape[0] == batch.logit_rows.shape[0]
-        if decodes and self._sizes and rows <= self._sizes[-1]:
+        if batch.views is None and decodes and self._sizes and rows <= self._sizes[-1]:
             size = self._sizes[bisect_left(self._sizes, rows)]
             self._send_filled(batch, size)
             self._replays[size]()
@@ -116,7 +117,9 @@ class DeviceForward:
         copy_batch(batch, layout.views(self._staging.host_buffer()))
         self._staging.send(layout.num_bytes)
         views = layout.views(self._staging.device_buffer)
-        if self._planned_attention is None:
+        if batch.views is not None:
+            views.views = SharedViews(*(part.to(self._kv.pages.device) for part in batch.views.tensors()))
+        if self._planned_attention is None or batch.views is not None:
             return self._compute(views)
         block_size = self._kv.slot_positions.shape[1]
         rows_of_step = PagedRows.of(batch.block_tables, batch.kv_slots, batch.query_starts, block_size)

@@ -58,7 +58,7 @@ def _aligned_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def copy_batch(source: ForwardBatch, target: ForwardBatch) -> None:
-    """Copy all tensors of a batch, which has no views, into the leading elements of larger ones."""
+    """Copy all tensors of a batch but its shared views into the leading elements of larger ones."""
     for field in fields(ForwardBatch)[:-1]:
         tensor: torch.Tensor = getattr(source, field.name)
         getattr(target, field.name)[tuple(slice(length) for length in tensor.shape)].copy_(tensor)
