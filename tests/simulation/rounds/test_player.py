@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kvarn.hardware.accelerators import load_accelerator
@@ -13,7 +15,7 @@ from kvarn.hardware.models import load_model_shape
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.simulation.assemble import simulated_engine
-from kvarn.simulation.rounds.capacity import most_agents
+from kvarn.simulation.rounds.capacity import most_agents, most_holding
 from kvarn.simulation.rounds.player import play_rounds
 from kvarn.simulation.rounds.report import RoundsRun, render
 from kvarn.simulation.rounds.scenarios import Span
@@ -131,6 +133,18 @@ def test_most_agents_is_the_last_number_within_the_limit() -> None:
     assert most_agents(make, replace(workload, rounds=1), 100.0, most=6) == 6
     first_tokens = most_agents(make, workload, 1.0, 50, until="first_token", most=16)
     assert first_tokens > most_agents(make, workload, 1.0, 50, most=16)
+
+
+@given(st.integers(0, 40), st.integers(1, 30))
+def test_the_search_finds_the_last_number_that_holds(last: int, most: int) -> None:
+    tried: list[int] = []
+
+    def holds(number: int) -> bool:
+        tried.append(number)
+        return number <= last
+
+    assert most_holding(holds, most) == min(last, most)
+    assert len(tried) == len(set(tried)) and all(1 <= number <= most for number in tried)
 
 
 def test_a_report_reads_well_even_of_nothing(played: RoundsRun) -> None:

@@ -44,10 +44,17 @@ def most_agents(
         on_run(agents, run)
         return not run.failures and run.round_percentile(percentile, first, until) <= slo
 
+    return most_holding(holds, most)
+
+
+def most_holding(holds: Callable[[int], bool], most: int) -> int:
+    """The last number from 1 to `most` that `holds`, which every number before it is taken to do as well; 0: none.
+
+    It doubles before it bisects: trials of many agents cost most, and most of them would fail.
+    """
     fits, fails = 0, most + 1
     while fails - fits > 1:
-        # Doubling first: trials of many agents cost most, and most of them would fail.
-        middle = min(2 * fits or 1, fails - 1) if fails > most else (fits + fails) // 2
+        middle = min(2 * fits or 1, most) if fails > most else (fits + fails) // 2
         if holds(middle):
             fits = middle
         else:
