@@ -134,7 +134,7 @@ class _Players:
                 continue
             del self._asked[request.id]
             turn.end = now
-            turn.cached_tokens, turn.reused_tokens = request.cached_tokens, getattr(request, "reused_tokens", 0)
+            turn.cached_tokens, turn.reused_tokens = request.cached_tokens, request.reused_tokens
             turn.output_tokens, turn.preemptions = request.num_outputs, request.preemptions
             if emission.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
                 self._fail(ask.society, emission.error or str(emission.finish_reason))
