@@ -50,6 +50,21 @@ def test_chat(client: OpenAI):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+def test_segments_and_a_round_of_one(client: OpenAI, server: ServerProcess):
+    marked = [{"role": "system", "content": "Be brief."}, QUESTION[0] | {"segment": "shared", "segment_id": "q"}]
+    alone = {"extra_body": {"round": {"id": "alone", "size": 1, "agent": "me"}}}
+    answer = client.chat.completions.create(model=MODEL, messages=marked, temperature=0, max_tokens=30, **alone)
+    assert "Paris" in answer.choices[0].message.content
+    with server.client() as http:
+        tokens = http.post("/tokenize", json={"messages": marked}).json()["tokens"]
+        assert answer.usage.prompt_tokens == len(tokens)
+        parts = [{"kind": "shared", "content": tokens[:20]}, {"kind": "task", "content": tokens[20:]}]
+        plain = {"segments": parts, "temperature": 0, "max_tokens": 30} | alone["extra_body"]
+        told = http.post("/v1/completions", json=plain).json()
+        assert "Paris" in told["choices"][0]["text"] and told["usage"]["prompt_tokens"] == len(tokens)
+        assert http.get("/v1/rounds").status_code == 200
+
+
 def test_streamed_chat_is_the_same_text_with_usage(client: OpenAI):
     settings = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 30}
     whole = client.chat.completions.create(**settings)
