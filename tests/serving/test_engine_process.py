@@ -7,40 +7,45 @@ import pytest
 import zmq
 
 from kvarn.errors import KvarnError, RequestError
-from kvarn.serving.api.messages import (
-    FromEngine,
-    StepOutputs,
-    Submit,
-    TokenOutput,
-)
+from kvarn.hardware.accelerators import load_accelerator
+from kvarn.hardware.models import load_model_shape
+from kvarn.serving.api.messages import FromEngine, RoundsReport, StepOutputs, Submit, TokenOutput, WatchRounds
+from kvarn.serving.config import EngineConfig
 from kvarn.serving.engine import Engine
 from kvarn.serving.engine_process import EngineProcess, Outbox
 from kvarn.serving.request import Request
 from kvarn.serving.rounds.hints import RoundHint, Segment
 from kvarn.serving.sampling.params import SamplingParams
 from kvarn.serving.speculation import Speculator
+from kvarn.simulation.assemble import simulated_engine
 
 from .paged_text import PagedTextExecutor, continuation, make_engine
 
 
 class _Finishes:
-    """Keeps what is sent; stops the loop when every request has had its last news."""
+    """Keeps what is sent; when every request has had its last news, asks for rounds and stops the loop."""
 
     def __init__(self, requests: int) -> None:
         self.process: EngineProcess | None = None
         self.news: dict[str, list[TokenOutput]] = {}
+        self.reports: list[FromEngine] = []
         self._left = requests
 
     def send(self, message: FromEngine) -> None:
-        assert isinstance(message, StepOutputs)
+        if not isinstance(message, StepOutputs):
+            self.reports.append(message)
+            return
         for output in message.outputs:
             self.news.setdefault(output.id, []).append(output)
             self._left -= output.finish_reason is not None
         if not self._left and self.process is not None:
+            self.process._handle(WatchRounds(5))
             self.process.stop()
 
 
-def serve(*messages: Submit, engine: Engine | None = None) -> dict[str, list[TokenOutput]]:
+def serve(
+    *messages: Submit, engine: Engine | None = None, reports: list[FromEngine] | None = None
+) -> dict[str, list[TokenOutput]]:
     with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as push:
         inbox.bind("inproc://engine")
         push.connect("inproc://engine")
@@ -49,6 +54,8 @@ def serve(*messages: Submit, engine: Engine | None = None) -> dict[str, list[Tok
         outbox = _Finishes(len(messages))
         outbox.process = EngineProcess(engine or make_engine(), frozenset(), inbox, outbox)  # type: ignore[arg-type]
         outbox.process.run()
+    if reports is not None:
+        reports += outbox.reports
     return outbox.news
 
 
@@ -117,3 +124,30 @@ def test_segments_and_rounds_reach_the_engine_and_its_refusals_their_senders(mon
     (refusal,) = serve(Submit("one", [1, 2, 3], PARAMS, segments=segments, round=round))["one"]
     assert (seen[0].segments, seen[0].round) == (segments, round)
     assert (refusal.error_status, refusal.error_field) == (409, "round.agent")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_reused_tokens_and_what_became_of_rounds_are_told(max_tokens: int) -> None:
+    """Also of an answer that is over with its first token."""
+    config = EngineConfig(reuse="collective", kv_memory_bytes=2**30, speculation="off")
+    engine = simulated_engine(config, load_accelerator("h200"), load_model_shape("llama3-8b"))
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    said, reports = list(range(1000, 1200)), []
+    members = [
+        Submit(
+            agent,
+            [*own, *said, 7],
+            params,
+            segments=(Segment("private", len(own)), Segment("shared", len(said)), Segment("task", 1)),
+            round=RoundHint("r", 2, agent),
+        )
+        for agent, own in {"a": [9] * 20 + [5] * 50, "b": [9] * 20 + [6] * 75}.items()
+    ]
+    news = serve(*members, engine=engine, reports=reports)
+    reused = {agent: outputs[0].reused_tokens for agent, outputs in news.items()}
+    assert 100 < reused["a"] < 200 and 100 < reused["b"] < 200
+    (report,) = reports
+    assert isinstance(report, RoundsReport) and report.stats.rounds is not None
+    (told,) = report.rounds
+    assert (told.id, told.members, told.arrived, told.segments) == ("r", 2, 2, 1)
+    assert told.reused_tokens == report.stats.rounds.reused_tokens == sum(reused.values())

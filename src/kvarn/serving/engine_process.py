@@ -115,7 +115,9 @@ class EngineProcess:
             case WatchAgents():
                 self.outbox.send(report_agents(self.engine, self._stats(), message.limit))
             case WatchRounds():
-                self.outbox.send(RoundsReport(self._stats(), []))
+                rounds = self.engine.rounds
+                recent = [] if rounds is None else rounds.recent(message.limit)
+                self.outbox.send(RoundsReport(self._stats(), recent))
             case Tell():
                 self._tell(message)
             case Shutdown():
@@ -198,6 +200,7 @@ class EngineProcess:
             loads=totals.loads,
             loading=len(engine.loading),
             agents=agent_stats(engine),
+            rounds=None if engine.rounds is None else engine.rounds.facts(),
             **_tier_stats(engine.tiers),
         )
 
@@ -288,6 +291,7 @@ def _to_output(emission: Emission) -> TokenOutput:
         finish_reason=None if emission.finish_reason is None else emission.finish_reason.value,
         logprobs=None if emission.logprobs is None else [emission.logprobs],
         cached_tokens=request.cached_tokens,
+        reused_tokens=request.reused_tokens,
         error=emission.error,
     )
 

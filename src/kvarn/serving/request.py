@@ -178,7 +178,8 @@ class Request:
     def set_layout(self, layout: Layout | None) -> None:
         self.layout = layout
         self.slot_surplus = 0 if layout is None else layout.surplus
-        self.reused_tokens = 0 if layout is None else layout.reused
+        if layout is not None:  # at its end, what it reused is still to be told
+            self.reused_tokens = layout.reused
 
     @property
     def num_slots(self) -> int:

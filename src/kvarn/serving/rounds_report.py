@@ -5,8 +5,6 @@ Who collects rounds counts; the engine process asks between two steps, and passe
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import msgspec
 
 from kvarn.serving.rounds.hints import ReuseMode
@@ -56,15 +54,3 @@ class RoundReport(msgspec.Struct, frozen=True, array_like=True):
     """Shared segments, each counted once."""
     reused_tokens: int
     refreshed_tokens: int
-
-
-class RoundDesk(Protocol):
-    """Who collects rounds for the engine."""
-
-    def facts(self) -> RoundFacts:
-        """How it stands."""
-        ...
-
-    def recent(self, limit: int) -> list[RoundReport]:
-        """The last `limit` rounds, the newest first."""
-        ...
