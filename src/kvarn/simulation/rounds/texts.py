@@ -49,7 +49,10 @@ class RoundTexts(Protocol):
 
 
 class SeededTexts:
-    """Token ids from `low` to below `high` that mean nothing. Another `seed`, other texts throughout."""
+    """Token ids from `low` to below `high` that mean nothing. Another `seed`, other texts throughout.
+
+    All histories begin with the same few tokens, as prompts do that a chat template or a system prompt begins.
+    """
 
     def __init__(self, low: int, high: int, seed: int = 0) -> None:
         self._low, self._high, self._seed = low, high, seed
@@ -61,7 +64,9 @@ class SeededTexts:
         return mixed_tokens(seeds, self._high - self._low) + np.int32(self._low)
 
     def history(self, spec: SocietySpec, agent: int) -> Tokens:
-        return self.named(f"{spec.id} history {agent}", spec.agents[agent].history_tokens)
+        tokens = self.named(f"{spec.id} history {agent}", spec.agents[agent].history_tokens)
+        tokens[:_TEMPLATE_TOKENS] = self.named("template", _TEMPLATE_TOKENS)[: len(tokens)]
+        return tokens
 
     def opening(self, spec: SocietySpec, agent: int) -> Tokens:
         return self.named(f"{spec.id} opening {agent}", spec.agents[agent].opening_tokens)
@@ -165,6 +170,8 @@ class ScenarioTexts:
 
 
 _NOTHING = np.empty(0, dtype=np.int32)
+_TEMPLATE_TOKENS = 8
+"""Fewer than a block: nothing to share."""
 _TOKENS_OF_A_LINE = 16
 _TRADES = (
     "a baker who rises at four", "a retired pilot", "a nurse on night shifts", "a student of maps", "a carpenter",
