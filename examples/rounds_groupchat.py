@@ -41,9 +41,9 @@ def main() -> None:
         )
         said = answer.choices[0].message.content or "..."
         transcript.append((me, said))
-        details = answer.usage and answer.usage.prompt_tokens_details
-        there = (details.cached_tokens or 0) + (getattr(details, "reused_tokens", None) or 0) if details else 0
-        print(f"{me}: {there} of {answer.usage.prompt_tokens if answer.usage else 0} prompt tokens were there already")
+        usage = answer.usage
+        there = usage.prompt_tokens_details.cached_tokens if usage and usage.prompt_tokens_details else 0
+        print(f"{me}: {there} of {usage.prompt_tokens if usage else 0} prompt tokens were there already")
         print(f"{me}: {said!r}")
 
 

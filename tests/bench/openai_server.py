@@ -102,9 +102,8 @@ class OpenAIServer:
             writer.write(f"data: {json.dumps({'id': 'cmpl-1', 'choices': [choice]})}\n\n".encode())
         details = {"cached_tokens": len(body["prompt"]) // 2}
         if "segments" in body:
-            details["reused_tokens"] = sum(
-                len(part["content"]) for part in body["segments"] if part["kind"] == "shared"
-            )
+            shared = sum(len(part["content"]) for part in body["segments"] if part["kind"] == "shared")
+            details = {"cached_tokens": shared + 3, "reused_tokens": shared}
         usage = {"completion_tokens": len(ids), "prompt_tokens": len(body["prompt"]), "prompt_tokens_details": details}
         writer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
 

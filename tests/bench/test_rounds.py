@@ -73,7 +73,8 @@ def test_a_server_that_takes_segments_gets_the_tokens_that_others_get_as_a_promp
     kinds = [[part["kind"] for part in body["segments"]] for body in asked]
     assert kinds == [["private", "shared", "shared", "shared", "task"]] * 6
     shared = sum(len(part["content"]) for body in asked for part in body["segments"] if part["kind"] == "shared")
-    assert report["reused_tokens"] == shared
+    assert (report["reused_tokens"], report["cached_tokens"]) == (shared, shared + 3 * 6)
+    assert report["computed_tokens"] == report["prompt_tokens"] - shared - 3 * 6
     assert not any("round" in body or "segments" in body for body in plain.bodies)
 
 

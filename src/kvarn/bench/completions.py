@@ -35,7 +35,7 @@ class Completion:
     cached_tokens: int | None = None
     """Of the prompt, what the server had; None where it does not say."""
     reused_tokens: int | None = None
-    """Likewise, from shared segments."""
+    """Of these, what it took from shared segments; likewise."""
 
     def take(self, event: dict[str, Any], now: float) -> None:
         """Read one event of the stream. TransferFailed when it tells of an error."""

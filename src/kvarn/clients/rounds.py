@@ -125,9 +125,9 @@ class RoundAnswer:
     """Of plain completions: to be said on as they are."""
     prompt_tokens: int
     cached_tokens: int
-    """Found as a prefix."""
+    """Of these, what was there and not computed."""
     reused_tokens: int
-    """Taken from shared segments."""
+    """Of these, what was taken from shared segments."""
 
 
 class RoundClient:

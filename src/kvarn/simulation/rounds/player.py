@@ -130,11 +130,12 @@ class _Players:
             society, ask, request, turn = self._asked[emission.request.id]
             if emission.token is not None and not turn.first_token:
                 turn.first_token = now
+                # Of a request that has ended, what it shared is let go of.
+                turn.cached_tokens, turn.reused_tokens = request.cached_tokens, request.reused_tokens
             if emission.finish_reason is None:
                 continue
             del self._asked[request.id]
             turn.end = now
-            turn.cached_tokens, turn.reused_tokens = request.cached_tokens, request.reused_tokens
             turn.output_tokens, turn.preemptions = request.num_outputs, request.preemptions
             if emission.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
                 self._fail(ask.society, emission.error or str(emission.finish_reason))

@@ -36,9 +36,9 @@ class TurnRecord:
     end: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int | None = None
-    """Of the prompt, what was there as a prefix; None where the server does not say."""
+    """Of the prompt, what was not computed; None where the server does not say."""
     reused_tokens: int | None = None
-    """Of the prompt, what was taken from shared segments; likewise."""
+    """Of these, what was taken from shared segments and not found as a prefix; likewise."""
     output_tokens: int = 0
     preemptions: int = 0
     said: list[int] = field(default_factory=list)
@@ -109,15 +109,13 @@ class RoundsRun:
         return float(np.percentile(seconds, percentile)) if len(seconds) else float("nan")
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for JSON. Seconds, tokens, blocks. Of prompt tokens, what was not cached or reused was
-        computed."""
+        """Plain values for JSON. Seconds, tokens, blocks."""
         done = [turn for turn in self.turns if turn.end]
         ttfts = np.array([turn.first_token - turn.sent for turn in done if turn.first_token])
         start = min((turn.ready for turn in self.turns), default=0.0)
         makespan = max((turn.end for turn in done), default=start) - start
         prompts, outputs = sum(turn.prompt_tokens for turn in done), sum(turn.output_tokens for turn in done)
         cached, reused = (_known(done, name) for name in ("cached_tokens", "reused_tokens"))
-        there = (cached or 0) + (reused or 0)
         return {
             "rounds": len(self.rounds),
             "failures": dict(Counter(self.failures.values())),
@@ -130,8 +128,8 @@ class RoundsRun:
             "prompt_tokens": prompts,
             "cached_tokens": cached,
             "reused_tokens": reused,
-            "computed_tokens": prompts - there,
-            "reused_share": there / prompts if prompts else 0.0,
+            "computed_tokens": prompts - (cached or 0),
+            "reused_share": (cached or 0) / prompts if prompts else 0.0,
             "output_tokens": outputs,
             "output_tokens_per_second": outputs / makespan if makespan > 0 else 0.0,
             "preemptions": sum(turn.preemptions for turn in done),
@@ -156,15 +154,19 @@ def render(run: RoundsRun, title: str = "") -> Group:
     ):  # fmt: skip
         values = [summary[f"{key}_p{each}_seconds"] for each in (50, 95)]
         table.add_row(name, *("-" if value is None else f"{value:,.3f}" for value in values))
-    cached, reused = summary["cached_tokens"], summary["reused_tokens"]
-    parts = [f"{count:,} {what}" for count, what in ((cached, "as prefixes"), (reused, "from segments")) if count]
-    said = cached is not None or reused is not None
+    cached, reused = summary["cached_tokens"], summary["reused_tokens"] or 0
+    prefixes = (cached or 0) - reused
+    parts = [f"{count:,} {what}" for count, what in ((prefixes, "as prefixes"), (reused, "from segments")) if count]
     grid = Table.grid(padding=(0, 2))
     rows = [
         ("rounds", f"{summary['rounds']}, {summary['requests']:,} requests in {summary['makespan']:,.2f} s"),
         ("output tokens", f"{summary['output_tokens']:,}, {summary['output_tokens_per_second']:,.1f} a second"),
         ("prompt tokens", f"{summary['prompt_tokens']:,}"),
-        *([("reused", f"{summary['reused_share']:.0%}" + (f": {', '.join(parts)}" if parts else ""))] if said else []),
+        *(
+            [("reused", f"{summary['reused_share']:.0%}" + (f": {', '.join(parts)}" if parts else ""))]
+            if cached is not None
+            else []
+        ),
         *((f"failed: {reason}", str(count)) for reason, count in summary["failures"].items()),
     ]
     for name, text in rows:
