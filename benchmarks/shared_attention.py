@@ -1,7 +1,8 @@
 """Attention of agents that share their context: `python -m benchmarks.shared_attention [--quick] [--threads N]`.
 
-A decode step of N agents behind 640 shared tokens in 10 segments, which each agent has in another order, and 64 tokens
-of its own: every agent with a copy of the segments (`paged_attention`), or all with views of one (`shared_attention`).
+A decode step of N agents behind 640 shared tokens and 64 tokens of its own: every agent with a copy of what is shared
+(`paged_attention`), or all with views of one (`shared_attention`). What is shared is 10 segments, which each agent has
+in another order, so a view each; or one in one order, as where the outputs of a round are always told in turn.
 SmolLM2-135M's shape. All of a pool's layers are computed one after another, as a step does, so that the caches do not
 hold them; a figure is the median of a layer's time, the two taken in turn. Prints a JSON object for each row.
 """
@@ -9,6 +10,7 @@ hold them; a figure is the median of a layer's time, the two taken in turn. Prin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -19,7 +21,8 @@ import torch
 from kvarn.kernels import ops
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
-SHARED, SEGMENTS, OWN = 640, 10, 64
+SHARED, OWN = 640, 64
+SEGMENTS = (10, 1)
 AGENTS = (2, 4, 10, 16)
 POOL_BYTES = 128 * 2**20  # of a copy for every agent: more than caches hold
 
@@ -27,8 +30,8 @@ POOL_BYTES = 128 * 2**20  # of a copy for every agent: more than caches hold
 class Round:
     """`agents` sequences of one row over `layers` layers of a pool."""
 
-    def __init__(self, agents: int, dtype: torch.dtype, sharing: bool, layers: int) -> None:
-        each = SHARED // SEGMENTS
+    def __init__(self, agents: int, segments: int, dtype: torch.dtype, sharing: bool, layers: int) -> None:
+        each = SHARED // segments
         own_blocks, segment_blocks = OWN // BLOCK, each // BLOCK
         copies = 1 if sharing else agents
         blocks = agents * own_blocks + copies * SHARED // BLOCK
@@ -42,11 +45,11 @@ class Round:
             ops.write_cache(values, values, self.pages[:, layer], slots)
         order = torch.randperm(blocks).int()
         own = order[: agents * own_blocks].view(agents, own_blocks)
-        held = order[agents * own_blocks :].view(copies, SEGMENTS, segment_blocks)
+        held = order[agents * own_blocks :].view(copies, segments, segment_blocks)
         positions = torch.empty(blocks, BLOCK, dtype=torch.int32)
         positions[own.long()] = torch.arange(OWN, dtype=torch.int32).view(own_blocks, BLOCK)
         # Where each agent has each segment; a shared copy stands at the positions of the first.
-        places = torch.stack([torch.arange(SEGMENTS).roll(i) for i in range(agents)]).int() * each + OWN
+        places = torch.stack([torch.arange(segments).roll(i) for i in range(agents)]).int() * each + OWN
         within = torch.arange(each, dtype=torch.int32).view(segment_blocks, BLOCK)
         for copy in range(copies):
             positions[held[copy].long()] = places[copy][:, None, None] + within
@@ -60,8 +63,8 @@ class Round:
         if sharing:
             angles = torch.outer(torch.arange(OWN + SHARED + 1), 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
             self.arguments += [
-                held[0], torch.full((SEGMENTS,), each, dtype=torch.int32),
-                torch.arange(SEGMENTS + 1, dtype=torch.int32) * agents, rows.repeat(SEGMENTS),
+                held[0], torch.full((segments,), each, dtype=torch.int32),
+                torch.arange(segments + 1, dtype=torch.int32) * agents, rows.repeat(segments),
                 (places - places[0]).T.flatten(), torch.cat([angles.cos(), angles.sin()], dim=1),
             ]  # fmt: skip
 
@@ -74,16 +77,20 @@ class Round:
         return (time.perf_counter() - started) / layers
 
 
-def measure(agents: int, dtype: torch.dtype, repeats: int) -> dict[str, float | int | str]:
+def measure(agents: int, segments: int, dtype: torch.dtype, repeats: int) -> dict[str, float | int | str]:
     layers = max(1, min(30, POOL_BYTES // (agents * (SHARED + OWN) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize)))
-    rounds = {"copies": Round(agents, dtype, False, layers), "views": Round(agents, dtype, True, layers)}
+    rounds = {
+        "copies": Round(agents, segments, dtype, False, layers),
+        "views": Round(agents, segments, dtype, True, layers),
+    }
     times: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(repeats + 1):
         for name, each in rounds.items():
             times[name].append(each.layer_seconds())
     median = {name: statistics.median(taken[1:]) * 1e6 for name, taken in times.items()}
     return {
-        "agents": agents, "cache": str(dtype).removeprefix("torch."), "copies_us": round(median["copies"], 1),
+        "agents": agents, "segments": segments, "cache": str(dtype).removeprefix("torch."),
+        "copies_us": round(median["copies"], 1),
         "views_us": round(median["views"], 1), "ratio": round(median["copies"] / median["views"], 2),
     }  # fmt: skip
 
@@ -95,9 +102,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        for dtype in (torch.bfloat16, torch.int8):
-            for agents in AGENTS:
-                print(json.dumps(measure(agents, dtype, 2 if options.quick else 40)), flush=True)
+        for dtype, segments, agents in itertools.product((torch.bfloat16, torch.int8), SEGMENTS, AGENTS):
+            print(json.dumps(measure(agents, segments, dtype, 2 if options.quick else 25)), flush=True)
 
 
 if __name__ == "__main__":

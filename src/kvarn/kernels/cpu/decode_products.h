@@ -210,15 +210,14 @@ struct KeyProduct<T, int8_t> {
       largest = vmax(largest, vmax(x, -x));
     }
     const float high = maximum(largest), by = high > 0.f ? 127.f / high : 0.f;
-    int32_t total = 0;
+    __m512i total = _mm512_setzero_si512();
     for (int64_t d = 0; d < dim; d += kLanes) {
       const __m512i rounded = _mm512_cvtps_epi32((__m512)(load(from + d, dim - d) * by));
-      const Ints as_ints = (Ints)rounded;
-      for (int i = 0; i < kLanes; ++i) total += as_ints[i];
+      total = _mm512_add_epi32(total, rounded);
       const __m128i packed = _mm512_cvtsepi32_epi8(rounded);
       memcpy(reinterpret_cast<char*>(to) + d, &packed, smaller(kLanes, dim - d));
     }
-    offset = -128 * total;
+    offset = -128 * _mm512_reduce_add_epi32(total);
     return high / 127.f;
   }
   KVARN_INLINE Ints add(Ints sum, const uint32_t* query, Words keys) {
@@ -267,9 +266,15 @@ struct ValueProduct<T, int8_t> {
   }
   static void put_in_order(float* row, int64_t width) {
     for (int64_t column = 0; column < width; column += 64) {
-      float ordered[64];
-      for (int i = 0; i < 64; ++i) ordered[i % 64 / 4 % 4 * 16 + i / 16 * 4 + i % 4] = row[column + i];
-      memcpy(row + column, ordered, sizeof ordered);
+      // Quarter q of vector v goes to quarter v of vector q.
+      float* at = row + column;
+      const __m512 a = (__m512)load(at), b = (__m512)load(at + 16), c = (__m512)load(at + 32), d = (__m512)load(at + 48);
+      const __m512 low_ab = _mm512_shuffle_f32x4(a, b, 0x44), high_ab = _mm512_shuffle_f32x4(a, b, 0xee);
+      const __m512 low_cd = _mm512_shuffle_f32x4(c, d, 0x44), high_cd = _mm512_shuffle_f32x4(c, d, 0xee);
+      store(at, (Floats)_mm512_shuffle_f32x4(low_ab, low_cd, 0x88));
+      store(at + 16, (Floats)_mm512_shuffle_f32x4(low_ab, low_cd, 0xdd));
+      store(at + 32, (Floats)_mm512_shuffle_f32x4(high_ab, high_cd, 0x88));
+      store(at + 48, (Floats)_mm512_shuffle_f32x4(high_ab, high_cd, 0xdd));
     }
   }
 };
