@@ -12,8 +12,8 @@ namespace kvarn {
 namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
-// Targets of more bytes than this are written past the caches.
-constexpr int64_t kCachedBytes = 8 << 20;
+// Targets of more bytes than this are written past the caches: they would not be in the nearest when they are read.
+constexpr int64_t kCachedBytes = 1 << 18;
 
 void expect_blocks(const View& blocks, const View& like) {
   blocks.expect_dims(6, "[blocks, L, 2, Hkv, B, D]");
