@@ -1,0 +1,165 @@
+"""Rounds of agents on a real model: what each part of collective reuse is worth, arm beside arm.
+
+    python -m benchmarks.rounds            about ten minutes
+    python -m benchmarks.rounds --quick    does everything run?
+
+N agents, each with a private history that is cached, get the N outputs of the last round (new ones in every repeat) and
+a task. *prefill*: from the moment all N requests are there to the last first token. *round*: to the last answer's end.
+Arms, each the engine with one thing changed, in turn within every repeat:
+
+    recompute             prefix caching alone
+    serial                reuse, one request after the other, each with copies of its own: as published before
+    batched               the same for all at once
+    collective, copies    one choice of what is computed anew for the round, still with copies
+    collective            the same, and all read the shared blocks in place
+    lego                  the first block of each segment, without looking
+
+Results: `benchmarks/results/rounds.json` and `.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from benchmarks.results import Results
+from numpy.typing import NDArray
+
+from kvarn.serving.offline import OfflineEngine
+from kvarn.serving.request import Request
+from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.sampling.params import SamplingParams
+
+ARMS: dict[str, tuple[str, bool | None]] = {
+    "recompute": ("exact", None),
+    "serial": ("serial", None),
+    "batched": ("batched", None),
+    "collective, copies": ("collective", False),
+    "collective": ("collective", None),
+    "lego": ("lego", None),
+}
+"""Name -> mode, and whether blocks are shared where that is not as usual."""
+
+
+class Arm:
+    """One engine, and the agents' histories in its prefix cache."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        mode, share_blocks = ARMS[name]
+        self.name = name
+        self.offline = OfflineEngine.load(
+            reuse=mode, reuse_share=arguments.share, round_wait=5.0, precision=arguments.precision,
+            kv_memory_bytes=arguments.kv_memory * 2**20, block_size=arguments.block_size, speculation="off",
+        )  # fmt: skip
+        self.engine = self.offline.engine
+        if self.engine.rounds is not None:
+            self.engine.rounds.settings = replace(self.engine.rounds.settings, share_blocks=share_blocks)
+        self.count = 0
+
+    def play(self, prompts: list[list[tuple[str, NDArray[np.int32]]]], outputs: int) -> dict[str, float]:
+        """One round; seconds to the last first token and to the end, and the most blocks in use."""
+        self.count += 1
+        engine = self.engine
+        started = time.perf_counter()
+        for i, parts in enumerate(prompts):
+            tokens = np.concatenate([tokens for _, tokens in parts])
+            segments = tuple(Segment(kind, len(tokens)) for kind, tokens in parts)  # type: ignore[arg-type]
+            engine.add(
+                Request.create(
+                    f"{self.count}-{i}",
+                    tokens,
+                    SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True),
+                    arrival=engine.clock.now(),
+                    segments=segments,
+                    round=RoundHint(f"{self.count}", len(prompts), f"{i}"),
+                )
+            )
+        begun: set[str] = set()
+        first = peak = 0.0
+        while engine.has_work:
+            for emission in engine.step():
+                if emission.token is not None and emission.request.id not in begun:
+                    begun.add(emission.request.id)
+                    first = time.perf_counter() - started
+            peak = max(peak, engine.cache.pool.num_active)
+        return {"prefill": first, "round": time.perf_counter() - started, "blocks": peak}
+
+    def remember(self, histories: list[NDArray[np.int32]]) -> None:
+        """Have the agents' histories cached."""
+        self.offline.generate([history.tolist() for history in histories], SamplingParams(max_tokens=1))
+
+
+def measure(agents: int, arms: list[Arm], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of all arms for one number of agents, and their ratios within repeats."""
+    rng = np.random.default_rng([arguments.seed, agents])
+    vocabulary = arms[0].offline.spec.vocab_size
+
+    def text(tokens: int) -> NDArray[np.int32]:
+        return rng.integers(100, vocabulary, tokens, dtype=np.int32)
+
+    head = text(16)
+    histories = [np.concatenate([head, text(arguments.history - 16)]) for _ in range(agents)]
+    for arm in arms:
+        arm.remember(histories)
+    runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
+    for repeat in range(arguments.repeats + 1):
+        said = [text(arguments.output) for _ in range(agents)]
+        summaries, tasks = [text(arguments.fresh) for _ in range(agents)], [text(arguments.task) for _ in range(agents)]
+        prompts = [
+            [
+                ("private", np.concatenate([histories[i], summaries[i]])),
+                *(("shared", said[(i + j) % agents]) for j in range(agents)),
+                ("task", tasks[i]),
+            ]
+            for i in range(agents)
+        ]
+        turn = arms if repeat % 2 else arms[::-1]
+        for arm in turn:
+            found = arm.play(prompts, arguments.answer)
+            if repeat:  # the first warms up
+                runs[arm.name].append(found)
+    return {name: {key: [run[key] for run in found] for key in found[0]} for name, found in runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--agents", type=int, nargs="+", default=[2, 4, 8, 10, 16])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--history", type=int, default=256, help="cached tokens of each agent")
+    parser.add_argument("--fresh", type=int, default=16, help="tokens of its history that are new in a round")
+    parser.add_argument("--output", type=int, default=64, help="tokens of each shared output")
+    parser.add_argument("--task", type=int, default=24)
+    parser.add_argument("--answer", type=int, default=32, help="tokens that each agent says")
+    parser.add_argument("--share", type=float, default=0.15)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--kv-memory", type=int, default=600, help="MiB of each arm's pool")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="two agents, once, results to .cache/benchmarks")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.agents, arguments.repeats = [2], 1
+    conditions = {key: value for key, value in vars(arguments).items() if key not in ("quick", "arms")}
+    results = Results("rounds", conditions, merge=False, quick=arguments.quick)
+    arms = [Arm(name, arguments) for name in arguments.arms]
+    for agents in arguments.agents:
+        found = measure(agents, arms, arguments)
+        results.data["engines"][str(agents)] = found
+        results.save()
+        base = found.get("serial") or found[arms[0].name]
+        print(f"{agents} agents")
+        for name, values in found.items():
+            ratio = statistics.median(a / b for a, b in zip(base["prefill"], values["prefill"], strict=True))
+            print(
+                f"  {name:20} prefill {statistics.median(values['prefill']) * 1e3:8.1f} ms  serial/this {ratio:5.2f}"
+                f"  round {statistics.median(values['round']) * 1e3:8.1f} ms  blocks {values['blocks'][-1]:6.0f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
