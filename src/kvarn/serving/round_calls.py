@@ -48,6 +48,10 @@ class _Group:
     """Those that are still to be released."""
     segments: dict[int, list[tuple[Span, StoredSegment]]] = field(default_factory=dict)
     """Of each member, by its id() in memory, which segments stand where."""
+    chain: list[StoredSegment] = field(default_factory=list)
+    """Segments that are encoded behind one another."""
+    before: dict[bytes, tuple[StoredSegment, ...]] = field(default_factory=dict)
+    """By key, those of the chain before each."""
     resolved: bool = False
     waits_for: Request | None = None
     """In mode "serial", whoever has to get his first token before the next one is looked at."""
@@ -65,6 +69,8 @@ class RoundCalls:
         self._barrier: Barrier[Request] = Barrier(settings.wait)
         self._groups: list[_Group] = []
         self._choices: OrderedDict[RoundKey, Choice] = OrderedDict()
+        self._contexts: OrderedDict[RoundKey, dict[bytes, tuple[NDArray[np.int32], NDArray[np.int32]]]] = OrderedDict()
+        """What each text of a round that was encoded with others was encoded behind, for members that come late."""
         self._reports: deque[RoundReport] = deque(maxlen=_REPORTED)
 
     # ---- the engine tells --------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ class RoundCalls:
                 self._resolve(group)
             missing = self._missing(group, members)
             if missing:
-                used = self._encode(missing, budget)
+                used = self._encode(group, missing, budget)
                 worked |= used > 0
                 budget -= used
                 if used:
@@ -182,29 +188,61 @@ class RoundCalls:
         """Find or begin the segments of all members."""
         group.resolved = True
         common = _common_prefix([request.known_tokens for request in group.members])
+        spans: dict[int, list[Span]] = {}
         for request in group.members:
             hit = self.cache.lookup(request).tokens
             exact = max(hit, common if len(group.members) > 1 else 0)
-            taken: list[tuple[Span, StoredSegment]] = []
-            sink = request.tokens[: self.settings.sink_tokens]
-            for span in spans_of(request.segments):
-                if span.end <= exact or span.start < len(sink) or span.length < self.settings.shortest:
-                    continue  # computed exactly, like any other text
-                segment = self.store.take(request.tokens[span.start : span.end], sink, self.cache.salt(request))
-                if segment is not None:
-                    taken.append((span, segment))
-            group.segments[id(request)] = taken
+            sink = len(request.tokens[: self.settings.sink_tokens])
+            spans[id(request)] = [
+                span
+                for span in spans_of(request.segments)
+                if span.end > exact and span.start >= sink and span.length >= self.settings.shortest
+            ]  # the others are computed exactly, like any other text
+        joint = self._is_joint(group, spans)
+        for request in group.members:
+            group.segments[id(request)] = [
+                (span, segment)
+                for span in spans[id(request)]
+                if (segment := self._take(group, request, request.tokens[span.start : span.end], joint)) is not None
+            ]
+
+    def _is_joint(self, group: _Group, spans: dict[int, list[Span]]) -> bool:
+        """Whether segments are encoded behind one another: all must see the same ones, lest KV tell more than texts."""
+        if self.settings.source != "joint" or not self.settings.whole_blocks or len(group.members) < 2:
+            return False
+        seen = [
+            {request.tokens[span.start : span.end].tobytes() for span in spans[id(request)]}
+            for request in group.members
+        ]
+        return all(each == seen[0] for each in seen)
+
+    def _take(self, group: _Group, request: Request, tokens: NDArray[np.int32], joint: bool) -> StoredSegment | None:
+        """The segment of these tokens for a member of a group, pinned."""
+        salt, content = self.cache.salt(request), tokens.tobytes()
+        known = self._contexts.setdefault(group.gathered.key, {})
+        sink, before = request.tokens[: self.settings.sink_tokens], tokens[:0]
+        if content in known:
+            sink, before = known[content]
+        elif joint and group.chain:
+            last = group.chain[-1]
+            sink, before = sink[:0], np.concatenate([last.before, last.all_tokens])
+        segment = self.store.take(tokens, sink, salt, before)
+        if segment is not None and joint and content not in known:
+            group.before[segment.key] = tuple(group.chain)
+            group.chain.append(segment)
+            known[content] = (segment.sink_tokens, segment.before)
+        if len(self._contexts) > _REMEMBERED:
+            self._contexts.popitem(last=False)
+        return segment
 
     def _missing(self, group: _Group, members: Sequence[Request]) -> list[StoredSegment]:
         """Segments without what the members need of them."""
-        needed: dict[bytes, StoredSegment] = {}
-        for request in members:
-            for _, segment in group.segments[id(request)]:
-                if not segment.is_encoded or not (segment.blocks or self.settings.is_dense):
-                    needed[segment.key] = segment
-        return list(needed.values())
+        used = {segment.key: segment for request in members for _, segment in group.segments[id(request)]}
+        incomplete = any(not segment.is_encoded for segment in used.values())
+        placed = incomplete or not self.settings.is_dense
+        return [each for each in used.values() if not each.is_encoded or (placed and not each.blocks)]
 
-    def _encode(self, missing: Sequence[StoredSegment], budget: int) -> int:
+    def _encode(self, group: _Group, missing: Sequence[StoredSegment], budget: int) -> int:
         """Bring segments to the device, computing at most `budget` tokens; what that took of the budget."""
         jobs: list[EncodeJob] = []
         loads: list[StoredSegment] = []
@@ -217,7 +255,7 @@ class RoundCalls:
                 used += 1
                 continue
             count = min(budget - used, segment.sink + segment.length - segment.encoded)
-            jobs.append(EncodeJob(segment, count))
+            jobs.append(EncodeJob(segment, count, group.before.get(segment.key, ())))
             used += count
             if self.settings.mode == "serial":
                 break

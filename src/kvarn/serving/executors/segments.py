@@ -60,28 +60,40 @@ class TorchSegments:
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[EncodeJob]) -> None:
-        positions = [np.arange(job.segment.encoded, job.segment.encoded + job.count) for job in jobs]
-        slots = [_slots(job.segment.blocks, each, self.block_size) for job, each in zip(jobs, positions, strict=True)]
+        size, flat = self.block_size, self.kv.slot_positions.view(-1)
+        rows = [np.arange(job.segment.encoded, job.segment.encoded + job.count) for job in jobs]
         for job in jobs:
             if job.segment.encoded == 0:
                 self.kv.slot_positions[self._tensor(job.segment.blocks)] = -1
-        tokens = [job.segment.all_tokens[each] for job, each in zip(jobs, positions, strict=True)]
-        batch = self._batch(tokens, positions, slots, [job.segment.blocks for job in jobs])
-        self.kv.slot_positions.view(-1)[batch.slots.long()] = batch.positions
-        keys, values = self.decoder.encode(batch, self.kv)
-        where = np.concatenate(
-            [_slots(job.segment.canonical, each, self.block_size) for job, each in zip(jobs, positions, strict=True)]
+            for first in job.before[:1]:
+                self._show_sink(first)
+        tables = [[block for each in (*job.before, job.segment) for block in each.blocks] for job in jobs]
+        batch = self._batch(
+            [job.segment.all_tokens[each] for job, each in zip(jobs, rows, strict=True)],
+            [each + job.segment.origin - job.segment.sink for job, each in zip(jobs, rows, strict=True)],
+            [_slots(job.segment.blocks, each, size) for job, each in zip(jobs, rows, strict=True)],
+            tables,
         )
-        blocks, offsets = (torch.from_numpy(part) for part in np.divmod(where, self.block_size))
-        for plane, rows in enumerate((keys, values)):  # [L, T, Hkv, D]
-            self.memory[blocks, :, plane, :, offsets] = rows.transpose(0, 1).to(self.memory.device)
+        flat[batch.slots.long()] = batch.positions
+        keys, values = self.decoder.encode(batch, self.kv)
+        stored = [_slots(job.segment.canonical, each, size) for job, each in zip(jobs, rows, strict=True)]
+        blocks, offsets = (torch.from_numpy(part) for part in np.divmod(np.concatenate(stored), size))
+        for plane, computed in enumerate((keys, values)):  # [L, T, Hkv, D]
+            self.memory[blocks, :, plane, :, offsets] = computed.transpose(0, 1).to(self.memory.device)
         for job in jobs:
-            if job.segment.encoded + job.count == job.segment.sink + job.segment.length:
-                self._hide_sink(job.segment)
+            done = job.segment.encoded + job.count == job.segment.sink + job.segment.length
+            for each in (*job.before[:1], *((job.segment,) if done else ())):
+                self._hide_sink(each)
 
     def _hide_sink(self, segment: StoredSegment) -> None:
         slots = _slots(segment.blocks, np.arange(segment.sink), self.block_size)
         self.kv.slot_positions.view(-1)[self._tensor(slots)] = -1
+
+    def _show_sink(self, segment: StoredSegment) -> None:
+        """Its KV still is where it was."""
+        slots = _slots(segment.blocks, np.arange(segment.sink), self.block_size)
+        positions = torch.arange(segment.sink, dtype=torch.int32, device=self._device)
+        self.kv.slot_positions.view(-1)[self._tensor(slots)] = positions
 
     @torch.inference_mode()
     def deviations(self, probes: Sequence[Probe]) -> list[list[NDArray[np.float32]]]:
@@ -128,7 +140,7 @@ class TorchSegments:
     def load(self, segments: Sequence[StoredSegment]) -> None:
         size = self.block_size
         sources = [block for segment in segments for block in segment.canonical]
-        starts = [i * size for segment in segments for i in range(len(segment.canonical))]
+        starts = [start for segment in segments for start in segment.first_positions(size)]
         targets = [block for segment in segments for block in segment.blocks]
         self._restore(sources, starts, targets)
         self.kv.place(targets, starts)
@@ -186,7 +198,7 @@ class TorchSegments:
             positions=int32(np.concatenate(positions)),
             slots=int32(np.concatenate(slots)),
             block_tables=torch.from_numpy(packed).to(self._device),
-            kv_slots=int32([int(each[-1]) + 1 for each in positions]),
+            kv_slots=int32([len(table) * self.block_size for table in tables]),
             query_starts=int32(starts),
             logit_rows=self._none,
         )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvarn.serving.kvcache.cache import KVCache
 
 Hash = Callable[[bytes], bytes]
+_NOTHING: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
 
 def _hash(content: bytes) -> bytes:
@@ -59,33 +60,36 @@ class SegmentStore:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self._by_key.values())
 
-    def find(self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str) -> StoredSegment | None:
-        """The segment of these tokens behind this sink, of this tenant."""
-        key = self._key(tokens, sink, salt)
+    def find(
+        self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str, before: NDArray[np.int32] = _NOTHING
+    ) -> StoredSegment | None:
+        """The segment of these tokens behind this sink, of this tenant; `before`: see StoredSegment."""
+        key = self._key(tokens, sink, salt, before)
         found = self._by_key.get(key)
-        if found is None or not _is(found, tokens, sink, salt):
+        if found is None or not _is(found, tokens, sink, salt, before):
             return None
         self._by_key.move_to_end(key)
         return found
 
-    def take(self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str) -> StoredSegment | None:
+    def take(
+        self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str, before: NDArray[np.int32] = _NOTHING
+    ) -> StoredSegment | None:
         """The segment of these tokens, a new one if need be, with one more pin.
 
         None where there is no room for it, or other tokens have its key.
         """
-        found = self.find(tokens, sink, salt)
+        found = self.find(tokens, sink, salt, before)
         if found is not None:
             self.hits += 1
             self.pin(found)
             return found
         self.misses += 1
-        key = self._key(tokens, sink, salt)
+        key = self._key(tokens, sink, salt, before)
         needed = self.cache.blocks_for(len(sink) + len(tokens))
         if key in self._by_key or not self._make_room(needed):
             return None
-        segment = StoredSegment(
-            key, salt, sink.copy(), tokens.copy(), canonical=[self._free.pop() for _ in range(needed)]
-        )
+        memory = [self._free.pop() for _ in range(needed)]
+        segment = StoredSegment(key, salt, sink.copy(), tokens.copy(), before.copy(), canonical=memory)
         self._by_key[key] = segment
         self.pin(segment)
         return segment
@@ -154,10 +158,18 @@ class SegmentStore:
         self.cache.pool.free_cached(segment.blocks)
         segment.blocks, segment.canonical = [], []
 
-    def _key(self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str) -> bytes:
-        lengths = np.array([len(salt), len(sink)], dtype=np.int32).tobytes()
-        return self._hash(lengths + salt.encode("utf-8", "surrogatepass") + sink.tobytes() + tokens.tobytes())
+    def _key(self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str, before: NDArray[np.int32]) -> bytes:
+        lengths = np.array([len(salt), len(before), len(sink)], dtype=np.int32).tobytes()
+        texts = before.tobytes() + sink.tobytes() + tokens.tobytes()
+        return self._hash(lengths + salt.encode("utf-8", "surrogatepass") + texts)
 
 
-def _is(segment: StoredSegment, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str) -> bool:
-    return segment.salt == salt and np.array_equal(segment.tokens, tokens) and np.array_equal(segment.sink_tokens, sink)
+def _is(
+    segment: StoredSegment, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str, before: NDArray[np.int32]
+) -> bool:
+    return (
+        segment.salt == salt
+        and np.array_equal(segment.tokens, tokens)
+        and np.array_equal(segment.sink_tokens, sink)
+        and np.array_equal(segment.before, before)
+    )

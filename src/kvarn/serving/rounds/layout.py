@@ -43,7 +43,7 @@ class Placed:
     @property
     def shift(self) -> int:
         """What its tokens' positions are more here than where they were encoded."""
-        return self.start - self.segment.sink
+        return self.start - self.segment.origin
 
     def recomputed(self, block_size: int) -> NDArray[np.bool_]:
         """[length] which of its tokens are computed anew."""

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True, eq=False)
 class StoredSegment:
-    """Encoded once, alone, behind a few tokens that take the attention which any first tokens get.
+    """Encoded once, behind a few tokens that take the attention which any first tokens get.
 
-    Its blocks begin with the slots of those tokens, its sink, which are empty afterwards: token j of the segment is in
-    slot sink + j and was encoded for position sink + j.
+    Where it is the first to be encoded behind them, its blocks begin with the slots of those tokens, its sink, which
+    are empty afterwards: token j of the segment is in slot sink + j, and was encoded for position origin + j.
     """
 
     key: bytes
     salt: str
     sink_tokens: NDArray[np.int32]
+    """Those that its blocks begin with."""
     tokens: NDArray[np.int32]
+    before: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    """What it was encoded behind that is not in its blocks: the sink and segments of the same round."""
     blocks: list[int] = field(default_factory=list)
     """Device blocks with its KV; empty: not on the device."""
     canonical: list[int] = field(default_factory=list)
@@ -39,6 +42,11 @@ class StoredSegment:
         return len(self.sink_tokens)
 
     @property
+    def origin(self) -> int:
+        """The position that its first token was encoded for."""
+        return len(self.before) + self.sink
+
+    @property
     def all_tokens(self) -> NDArray[np.int32]:
         """Its sink's and its own."""
         return np.concatenate([self.sink_tokens, self.tokens])
@@ -46,6 +54,10 @@ class StoredSegment:
     @property
     def is_encoded(self) -> bool:
         return self.encoded == self.sink + self.length
+
+    def first_positions(self, block_size: int) -> list[int]:
+        """The position that each block's first slot stands for."""
+        return [self.origin - self.sink + i * block_size for i in range(self.num_blocks(block_size))]
 
     def num_blocks(self, block_size: int) -> int:
         return -(-(self.sink + self.length) // block_size)

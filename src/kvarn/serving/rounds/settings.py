@@ -20,6 +20,9 @@ class ReuseSettings:
     """Of the tokens of a prompt's shared segments, so many are computed anew in their places."""
     wait: float = 0.05
     """Seconds that a round waits for members that have not come."""
+    source: Literal["joint", "isolated"] = "joint"
+    """What a segment is encoded behind: "isolated", the sink alone; "joint", also the segments before it, where all
+    members of a round read the same ones."""
     sink_tokens: int = 4
     """Leading tokens of the prompt that a segment is encoded behind: else its own first would get their attention."""
     shortest: int = 32

@@ -22,6 +22,8 @@ class EncodeJob:
 
     segment: StoredSegment
     count: int
+    before: tuple[StoredSegment, ...] = ()
+    """Segments that it sees, the first of which has the sink."""
 
 
 @dataclass(frozen=True, slots=True)
