@@ -1,4 +1,4 @@
-"""`kvarn model`: fetch models, list those on this disk, say what one is."""
+"""`kvarn model`: fetch models, list those on this disk, say what one is (and certify them: `kvarn.cli.certify`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from kvarn.cli.certify import certify_reuse
 from kvarn.cli.loading import LoadingDisplay
 from kvarn.cli.options import AsJson, Model
 from kvarn.cli.sizes import format_bytes
 from kvarn.errors import ModelError
 from kvarn.models.config import read_config, read_json
 
-app = typer.Typer(help="Fetch, list and inspect models.", no_args_is_help=True)
+app = typer.Typer(help="Fetch, list, inspect and certify models.", no_args_is_help=True)
+app.command("certify-reuse")(certify_reuse)
 
 
 @app.command()

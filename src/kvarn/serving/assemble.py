@@ -90,7 +90,7 @@ def load_engine(
         speculator=_speculator(config),
         tiers=tiers,
         agents=AgentCalls(cache, tiers) if config.knows_agents else None,
-        rounds=build_rounds(config, decoder, kv, cache),
+        rounds=build_rounds(config, decoder, kv, kv_dtype, cache, files.folder),
         round_budget=config.prefill_budget,
     )
     progress("ready", 1.0)

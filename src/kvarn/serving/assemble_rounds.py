@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from kvarn.errors import KvarnError
 from kvarn.models.decoder_llama import LlamaDecoder
-from kvarn.models.spec import Decoder, KVMemory
+from kvarn.models.spec import Decoder, KVMemory, ModelSpec
 from kvarn.serving.config import EngineConfig
 from kvarn.serving.executors.segments import TorchSegments
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.segments import SegmentStore
+from kvarn.serving.quality.certificate import Identity, fingerprint, read
 from kvarn.serving.round_calls import RoundCalls
+from kvarn.serving.rounds.settings import ReuseSettings
 
 _CHECK_LAYER = 1
+_log = logging.getLogger(__name__)
 
 
-def build_rounds(config: EngineConfig, decoder: Decoder, kv: KVMemory, cache: KVCache) -> RoundCalls | None:
-    """None where nothing but prefixes is reused. KvarnError for a mode that this model cannot be served in."""
-    settings = config.reuse_settings()
+def build_rounds(
+    config: EngineConfig, decoder: Decoder, kv: KVMemory, kv_dtype: torch.dtype, cache: KVCache, folder: Path
+) -> RoundCalls | None:
+    """None where nothing but prefixes is reused. KvarnError for a mode that this model cannot be served in.
+
+    folder   the model's, which certificates are for
+    """
+    settings = _settings(config, decoder, kv_dtype, folder)
     if settings is None:
         return None
     mode = settings.mode
@@ -37,3 +50,34 @@ def build_rounds(config: EngineConfig, decoder: Decoder, kv: KVMemory, cache: KV
     executor = TorchSegments(decoder, kv, blocks, check_layer=_CHECK_LAYER)
     store = cache.segments = SegmentStore(cache, executor.num_blocks)
     return RoundCalls(cache, store, executor, settings)
+
+
+def identity_of(spec: ModelSpec, kv_dtype: torch.dtype, block_size: int, folder: Path) -> Identity:
+    """What a certificate for this model in this form is for."""
+    usual = ReuseSettings()
+    return Identity(
+        spec.name, spec.precision, str(kv_dtype).removeprefix("torch."), block_size, usual.sink_tokens, usual.source,
+        fingerprint(folder),
+    )  # fmt: skip
+
+
+def _settings(config: EngineConfig, decoder: Decoder, kv_dtype: torch.dtype, folder: Path) -> ReuseSettings | None:
+    """What was asked for, with a warning where that is not certified; for "auto", the best that is."""
+    asked = config.reuse_settings()
+    if config.reuse == "exact" or (asked is None and not config.share_prefixes):
+        return None
+    if not isinstance(decoder, LlamaDecoder):
+        return asked
+    certificate = read(identity_of(decoder.spec, kv_dtype, config.block_size, folder))
+    if asked is not None:
+        all_anew = asked.mode != "lego" and asked.share == 1
+        if not all_anew and (certificate is None or not certificate.allows(asked)):
+            _log.warning(
+                "%s is not certified for reuse %r with share %g: answers may differ from exact ones; "
+                "see `kvarn model certify-reuse`", decoder.spec.name, asked.mode, asked.share,
+            )  # fmt: skip
+        return asked
+    if certificate is None or not certificate.allowed:
+        return None
+    settings = certificate.allowed[0].settings(config.round_wait)
+    return replace(settings, share=max(settings.share, config.reuse_share))

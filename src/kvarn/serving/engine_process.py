@@ -319,6 +319,7 @@ def _ready(loaded: LoadedEngine, device: str, seconds: float) -> Ready:
         precision=loaded.spec.precision,
         kv_dtype=str(loaded.kv_dtype).removeprefix("torch."),
         load_seconds=seconds,
+        reuse="exact" if engine.rounds is None else engine.rounds.settings.mode,
     )
 
 

@@ -104,7 +104,7 @@ class RoundCalls:
 
     def admitted(self, request: Request) -> bool:
         """A request has got its first blocks; False when there are none for the segments that it copies."""
-        if request.layout is None or not request.layout.copies:
+        if request.layout is None or not request.layout.needs_copying:
             return True
         if not self.cache.grow(request, request.prompt_length):
             return False

@@ -12,7 +12,7 @@ from kvarn.serving.agents.events import AgentEvent, CallReport
 from kvarn.serving.agents.hints import UNKNOWN, AgentHints
 from kvarn.serving.batch import TokenLogprobs
 from kvarn.serving.reader import DEFAULT_RATE
-from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds.hints import ReuseMode, RoundHint, Segment
 from kvarn.serving.rounds_report import RoundFacts, RoundReport
 from kvarn.serving.sampling.params import SamplingParams
 
@@ -111,6 +111,8 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
     kv_dtype: str
     """Of cached keys and values."""
     load_seconds: float
+    reuse: ReuseMode = "exact"
+    """Of shared segments."""
 
 
 class TokenOutput(msgspec.Struct, array_like=True):

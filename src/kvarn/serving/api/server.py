@@ -180,7 +180,8 @@ class _Server:
         shown = f"[{host}]" if ":" in host else host
         what = ""
         if link is not None and (ready := link.ready) is not None:
-            what = f" ({ready.precision}, {ready.kv_dtype} cache, {ready.device})"
+            reuse = "" if ready.reuse == "exact" else f", {ready.reuse} reuse"
+            what = f" ({ready.precision}, {ready.kv_dtype} cache, {ready.device}{reuse})"
         address = f"http://{shown}:{port}"
         self._on_ready(f"{self._config.model_name}{what} at {address}/v1\ndashboard at {address}/dashboard")
 

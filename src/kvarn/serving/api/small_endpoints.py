@@ -31,13 +31,14 @@ class Models:
     def _model(self) -> dict[str, object]:
         service = self._service
         link = service.supervisor.link
-        context = link.ready.max_context if link is not None and link.ready is not None else None
+        ready = link.ready if link is not None else None
         return {
             "id": service.model_name,
             "object": "model",
             "created": service.created,
             "owned_by": "kvarn",
-            "max_model_len": context,
+            "max_model_len": ready.max_context if ready is not None else None,
+            "reuse": ready.reuse if ready is not None else None,
         }
 
 

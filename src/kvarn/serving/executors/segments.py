@@ -155,13 +155,15 @@ class TorchSegments:
         layout, size = request.layout, self.block_size
         assert layout is not None
         own = request.blocks
-        first = min((copy.own for copy in layout.copies), default=len(own))
+        first = layout.prefix // size  # whoever had these blocks before may have left positions between the segments
         flat = self.kv.slot_positions.view(-1)
         self.kv.slot_positions[self._tensor(own[first:])] = -1
         for each in layout.placed:
             kept = each.start + np.flatnonzero(~each.recomputed(size))
             flat[self._tensor(_slots(own, layout.slots[kept], size))] = self._tensor(kept).int()
         copies = layout.copies
+        if not copies:
+            return
         self._restore(
             [copy.segment.canonical[copy.number] for copy in copies],
             [copy.start for copy in copies],

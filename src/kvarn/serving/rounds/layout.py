@@ -104,6 +104,11 @@ class Layout:
         """Tokens of shared segments that are computed anew."""
         return sum(each.segment.length for each in self.placed) - self.reused
 
+    @property
+    def needs_copying(self) -> bool:
+        """Whether own blocks get KV of segments, or have slots between tokens, which must be known to be empty."""
+        return bool(self.copies) or self.surplus > 0
+
     def positions(self, start: int, end: int) -> NDArray[np.int32]:
         """Positions of the tokens that are computed as number `start` to `end`."""
         reused = self.reused

@@ -1,0 +1,1 @@
+"""How good answers are when shared segments are reused: measured on text, and certified for a model."""
