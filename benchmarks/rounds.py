@@ -10,9 +10,13 @@ Arms, each the engine with one thing changed, in turn within every repeat:
     recompute             prefix caching alone
     serial                reuse, one request after the other, each with copies of its own: as published before
     batched               the same for all at once
-    collective, copies    one choice of what is computed anew for the round, still with copies
+    collective, alone     one choice of blocks for the round; segments encoded alone, copies, as much computed anew
+    collective, joint     segments encoded behind one another, which diverges less, so less is computed anew
     collective            the same, and all read the shared blocks in place
-    lego                  the first block of each segment, without looking
+    lego                  the first block of each segment, without looking, read in place
+
+What is computed anew: `--share` of the shared tokens in the first arms, `--joint-share` in the last three but lego;
+`kvarn reproduce tokendance` shows how far each diverges from computing everything.
 
 Results: `benchmarks/results/rounds.json` and `.md`.
 """
@@ -22,7 +26,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,32 +35,35 @@ from numpy.typing import NDArray
 from kvarn.serving.offline import OfflineEngine
 from kvarn.serving.request import Request
 from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.sampling.params import SamplingParams
 
-ARMS: dict[str, tuple[str, bool | None]] = {
-    "recompute": ("exact", None),
-    "serial": ("serial", None),
-    "batched": ("batched", None),
-    "collective, copies": ("collective", False),
-    "collective": ("collective", None),
-    "lego": ("lego", None),
+ARMS: dict[str, dict[str, Any]] = {
+    "recompute": {"mode": "exact"},
+    "serial": {"mode": "serial"},
+    "batched": {"mode": "batched"},
+    "collective, alone": {"mode": "collective", "source": "isolated", "share_blocks": False},
+    "collective, joint": {"mode": "collective", "source": "joint", "share_blocks": False},
+    "collective": {"mode": "collective", "source": "joint"},
+    "lego": {"mode": "lego", "source": "joint"},
 }
-"""Name -> mode, and whether blocks are shared where that is not as usual."""
+"""Name -> what is set of ReuseSettings."""
 
 
 class Arm:
     """One engine, and the agents' histories in its prefix cache."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        mode, share_blocks = ARMS[name]
+        settings = ARMS[name]
         self.name = name
         self.offline = OfflineEngine.load(
-            reuse=mode, reuse_share=arguments.share, round_wait=5.0, precision=arguments.precision,
-            kv_memory_bytes=arguments.kv_memory * 2**20, block_size=arguments.block_size, speculation="off",
+            reuse=settings["mode"], round_wait=5.0, precision=arguments.precision, block_size=arguments.block_size,
+            kv_memory_bytes=arguments.kv_memory * 2**20, speculation="off",
         )  # fmt: skip
         self.engine = self.offline.engine
         if self.engine.rounds is not None:
-            self.engine.rounds.settings = replace(self.engine.rounds.settings, share_blocks=share_blocks)
+            share = arguments.joint_share if settings.get("source") == "joint" else arguments.share
+            self.engine.rounds.settings = ReuseSettings(share=share, wait=5.0, **settings)
         self.count = 0
 
     def play(self, prompts: list[list[tuple[str, NDArray[np.int32]]]], outputs: int) -> dict[str, float]:
@@ -135,6 +141,7 @@ def main() -> None:
     parser.add_argument("--task", type=int, default=24)
     parser.add_argument("--answer", type=int, default=32, help="tokens that each agent says")
     parser.add_argument("--share", type=float, default=0.15)
+    parser.add_argument("--joint-share", type=float, default=0.05)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--block-size", type=int, default=16)

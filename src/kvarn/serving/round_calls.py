@@ -189,14 +189,14 @@ class RoundCalls:
         group.resolved = True
         common = _common_prefix([request.known_tokens for request in group.members])
         spans: dict[int, list[Span]] = {}
+        behind = max(self.settings.sink_tokens, self.settings.joint_sink if self.settings.source == "joint" else 0)
         for request in group.members:
             hit = self.cache.lookup(request).tokens
             exact = max(hit, common if len(group.members) > 1 else 0)
-            sink = len(request.tokens[: self.settings.sink_tokens])
             spans[id(request)] = [
                 span
                 for span in spans_of(request.segments)
-                if span.end > exact and span.start >= sink and span.length >= self.settings.shortest
+                if span.end > exact and span.start >= behind and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
         joint = self._is_joint(group, spans)
         for request in group.members:
@@ -220,7 +220,7 @@ class RoundCalls:
         """The segment of these tokens for a member of a group, pinned."""
         salt, content = self.cache.salt(request), tokens.tobytes()
         known = self._contexts.setdefault(group.gathered.key, {})
-        sink, before = request.tokens[: self.settings.sink_tokens], tokens[:0]
+        sink, before = request.tokens[: self.settings.joint_sink if joint else self.settings.sink_tokens], tokens[:0]
         if content in known:
             sink, before = known[content]
         elif joint and group.chain:

@@ -24,7 +24,10 @@ class ReuseSettings:
     """What a segment is encoded behind: "isolated", the sink alone; "joint", also the segments before it, where all
     members of a round read the same ones."""
     sink_tokens: int = 4
-    """Leading tokens of the prompt that a segment is encoded behind: else its own first would get their attention."""
+    """Leading tokens of the prompt that a segment is encoded behind: else its own first would get their attention.
+    Segments that are encoded alone are shared where these are the same."""
+    joint_sink: int = 16
+    """The same of segments encoded together, of the first member's prompt: one for all members."""
     shortest: int = 32
     """Tokens of a segment that is worth the trouble."""
     lego_blocks: int = 1
