@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import agents_tables, bars, machine_tables, reproductions, streaming_tables, tables
+from benchmarks import agents_tables, bars, machine_tables, reproductions, rounds_tables, streaming_tables, tables
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,6 +30,11 @@ COLOURS = {
     "ONNX": ("#7b5ea7",),
     "llama.cpp": ("#4f4f4f", "#8a8a8a", "#bdbdbd"),
     "transformers": ("#c9b458",),
+    "recompute": ("#4f4f4f",),
+    "serial": ("#2f6690",),
+    "batched": ("#6fb895",),
+    "collective": ("#f0a878", "#d1682f", "#8f3d12"),
+    "lego": ("#7b5ea7",),
 }
 """By how a label begins; a system's precisions go from dark to light."""
 
@@ -74,6 +79,7 @@ RENDERERS: dict[str, Renderer] = {
     "linear": lambda data, _: tables.linear_table(data),
     "streaming": lambda data, _: streaming_tables.streaming_table(data),
     "agents": lambda data, _: agents_tables.agents_table(data),
+    "rounds": lambda data, _: rounds_tables.rounds_table(data),
     "simulator": lambda data, _: streaming_tables.simulator_table(data),
     "reproduction": lambda data, _: reproductions.reproduction_table(data),
     "gpu": lambda data, _: machine_tables.gpu_table(data),

@@ -15,6 +15,8 @@ Arms, each the engine with one thing changed, in turn within every repeat:
     collective            the same, and all read the shared blocks in place
     lego                  the first block of each segment, without looking, read in place
 
+*capacity*: the most agents whose rounds, to the last answer's end, take `--slo` seconds or less in the median.
+
 What is computed anew: `--share` of the shared tokens in the first arms, `--joint-share` in the last three but lego;
 `kvarn reproduce tokendance` shows how far each diverges from computing everything.
 
@@ -34,9 +36,12 @@ from numpy.typing import NDArray
 
 from kvarn.serving.offline import OfflineEngine
 from kvarn.serving.request import Request
-from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds.hints import RoundHint, Segment, SegmentKind
 from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.sampling.params import SamplingParams
+from kvarn.simulation.rounds.capacity import most_holding
+
+Tokens = NDArray[np.int32]
 
 ARMS: dict[str, dict[str, Any]] = {
     "recompute": {"mode": "exact"},
@@ -66,14 +71,14 @@ class Arm:
             self.engine.rounds.settings = ReuseSettings(share=share, wait=5.0, **settings)
         self.count = 0
 
-    def play(self, prompts: list[list[tuple[str, NDArray[np.int32]]]], outputs: int) -> dict[str, float]:
+    def play(self, prompts: list[list[tuple[SegmentKind, Tokens]]], outputs: int) -> dict[str, float]:
         """One round; seconds to the last first token and to the end, and the most blocks in use."""
         self.count += 1
         engine = self.engine
         started = time.perf_counter()
         for i, parts in enumerate(prompts):
             tokens = np.concatenate([tokens for _, tokens in parts])
-            segments = tuple(Segment(kind, len(tokens)) for kind, tokens in parts)  # type: ignore[arg-type]
+            segments = tuple(Segment(kind, len(tokens)) for kind, tokens in parts)
             engine.add(
                 Request.create(
                     f"{self.count}-{i}",
@@ -94,41 +99,61 @@ class Arm:
             peak = max(peak, engine.cache.pool.num_active)
         return {"prefill": first, "round": time.perf_counter() - started, "blocks": peak}
 
-    def remember(self, histories: list[NDArray[np.int32]]) -> None:
+    def remember(self, histories: list[Tokens]) -> None:
         """Have the agents' histories cached."""
         self.offline.generate([history.tolist() for history in histories], SamplingParams(max_tokens=1))
 
 
+class Society:
+    """Agents whose histories an arm has in its prefix cache; every round they say something else."""
+
+    def __init__(self, agents: int, vocabulary: int, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self._rng = np.random.default_rng([arguments.seed, agents])
+        self._vocabulary = vocabulary
+        head = self._text(16)
+        self.histories = [np.concatenate([head, self._text(arguments.history - 16)]) for _ in range(agents)]
+
+    def _text(self, tokens: int) -> Tokens:
+        return self._rng.integers(100, self._vocabulary, tokens, dtype=np.int32)
+
+    def next_round(self) -> list[list[tuple[SegmentKind, Tokens]]]:
+        """The parts of each agent's prompt; each begins to read with another's words."""
+        arguments, agents = self.arguments, len(self.histories)
+        said = [self._text(arguments.output) for _ in range(agents)]
+        return [
+            [
+                ("private", np.concatenate([history, self._text(arguments.fresh)])),
+                *(("shared", said[(i + j) % agents]) for j in range(agents)),
+                ("task", self._text(arguments.task)),
+            ]
+            for i, history in enumerate(self.histories)
+        ]
+
+
 def measure(agents: int, arms: list[Arm], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians of all arms for one number of agents, and their ratios within repeats."""
-    rng = np.random.default_rng([arguments.seed, agents])
-    vocabulary = arms[0].offline.spec.vocab_size
-
-    def text(tokens: int) -> NDArray[np.int32]:
-        return rng.integers(100, vocabulary, tokens, dtype=np.int32)
-
-    head = text(16)
-    histories = [np.concatenate([head, text(arguments.history - 16)]) for _ in range(agents)]
+    """What each arm took in each repeat, for one number of agents; the arms in turn within every repeat."""
+    society = Society(agents, arms[0].offline.spec.vocab_size, arguments)
     for arm in arms:
-        arm.remember(histories)
+        arm.remember(society.histories)
     runs: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     for repeat in range(arguments.repeats + 1):
-        said = [text(arguments.output) for _ in range(agents)]
-        summaries, tasks = [text(arguments.fresh) for _ in range(agents)], [text(arguments.task) for _ in range(agents)]
-        prompts = [
-            [
-                ("private", np.concatenate([histories[i], summaries[i]])),
-                *(("shared", said[(i + j) % agents]) for j in range(agents)),
-                ("task", tasks[i]),
-            ]
-            for i in range(agents)
-        ]
-        turn = arms if repeat % 2 else arms[::-1]
-        for arm in turn:
+        prompts = society.next_round()
+        for arm in arms if repeat % 2 else arms[::-1]:
             found = arm.play(prompts, arguments.answer)
             if repeat:  # the first warms up
                 runs[arm.name].append(found)
     return {name: {key: [run[key] for run in found] for key in found[0]} for name, found in runs.items()}
+
+
+def capacity(arm: Arm, arguments: argparse.Namespace) -> int:
+    """The most agents whose rounds take `slo` seconds or less in the median."""
+
+    def holds(agents: int) -> bool:
+        taken = measure(agents, [arm], arguments)[arm.name]["round"]
+        return statistics.median(taken) <= arguments.slo
+
+    return most_holding(holds, arguments.most)
 
 
 def main() -> None:
@@ -142,6 +167,8 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=32, help="tokens that each agent says")
     parser.add_argument("--share", type=float, default=0.15)
     parser.add_argument("--joint-share", type=float, default=0.05)
+    parser.add_argument("--slo", type=float, default=1.5, help="seconds of a round, for the capacity; 0: leave it out")
+    parser.add_argument("--most", type=int, default=48, help="agents to try at most")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--block-size", type=int, default=16)
@@ -150,7 +177,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two agents, once, results to .cache/benchmarks")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.agents, arguments.repeats = [2], 1
+        arguments.agents, arguments.repeats, arguments.most = [2], 1, 2
     conditions = {key: value for key, value in vars(arguments).items() if key not in ("quick", "arms")}
     results = Results("rounds", conditions, merge=False, quick=arguments.quick)
     arms = [Arm(name, arguments) for name in arguments.arms]
@@ -166,6 +193,11 @@ def main() -> None:
                 f"  {name:20} prefill {statistics.median(values['prefill']) * 1e3:8.1f} ms  serial/this {ratio:5.2f}"
                 f"  round {statistics.median(values['round']) * 1e3:8.1f} ms  blocks {values['blocks'][-1]:6.0f}"
             )
+    if arguments.slo:
+        for arm in arms:
+            results.data["engines"].setdefault("capacity", {})[arm.name] = capacity(arm, arguments)
+            results.save()
+            print(f"{arm.name:20} {results.data['engines']['capacity'][arm.name]} agents within {arguments.slo:g} s")
 
 
 if __name__ == "__main__":
