@@ -1,7 +1,8 @@
 """An executor without a model: it keeps token ids where a model would keep KV, and reads them back through blocks.
 
 The next token is a hash of the whole context as read from the block table, so one misplaced, shared or
-overwritten block changes the text; `continuation` says what the text must be.
+overwritten block changes the text; `continuation` says what the text must be. A row that sees a token twice, or
+misses one, fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvarn.serving.agent_calls import AgentCalls
 from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest
 from kvarn.serving.clock import VirtualClock
 from kvarn.serving.engine import Engine
@@ -20,11 +22,18 @@ from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import CopyJob, Direction
 from kvarn.serving.kvcache.disk import DiskIndex, DiskJob, DiskTier, perform
 from kvarn.serving.kvcache.disk_file import DiskFile
+from kvarn.serving.kvcache.segments import Hash, SegmentStore
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
 from kvarn.serving.policies.protocol import Policy
 from kvarn.serving.request import Request
+from kvarn.serving.round_calls import RoundCalls
+from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.sampling.params import SamplingParams
+from kvarn.serving.speculation import Speculator
+
+from .paged_segments import PagedTextSegments
+from .text_memory import TextMemory
 
 VOCAB = 1000
 EOS = 999
@@ -34,7 +43,7 @@ def next_token(context: list[int]) -> int:
     return zlib.crc32(np.array(context, dtype=np.int32).tobytes()) % (VOCAB - 1)
 
 
-def continuation(prompt: list[int], count: int) -> list[int]:
+def continuation(prompt: list[int], count: int, next_token: Callable[[list[int]], int] = next_token) -> list[int]:
     """What any correct engine generates from `prompt`."""
     context = list(prompt)
     for _ in range(count):
@@ -46,7 +55,8 @@ class PagedTextExecutor:
     def __init__(self, num_blocks: int, block_size: int, step_seconds: Callable[[], None] = lambda: None) -> None:
         """`step_seconds` is called in every step, to let time pass."""
         self.step_seconds = step_seconds
-        self.memory = np.full((num_blocks, block_size), -1, dtype=np.int32)
+        self.pages = TextMemory(num_blocks, block_size)
+        self.memory = self.pages.tokens
         self.block_size = block_size
         self.alive: set[str] = set()
         self.computed_tokens = 0
@@ -69,16 +79,33 @@ class PagedTextExecutor:
             self.fail_next = False
             raise RuntimeError("boom")
         self.step_seconds()
-        for row in batch.rows:
-            for position in range(row.request.num_computed, row.request.num_computed + row.count):
-                block = row.request.block_table[position // self.block_size]
-                self.memory[block, position % self.block_size] = row.request.tokens[position]
-            self.computed_tokens += row.count
-        return [self._sample(row) for row in batch.rows if row.samples]
+        positions = [self._write(row) for row in batch.rows]
+        self.computed_tokens += batch.num_tokens
+        texts = [self._compute(row, each) for row, each in zip(batch.rows, positions, strict=True)]
+        return [self._sample(row, text) for row, text in zip(batch.rows, texts, strict=True) if row.samples]
 
-    def _sample(self, row: ScheduledRequest) -> list[SampledToken]:
+    def _write(self, row: ScheduledRequest) -> np.ndarray:
+        """Positions of a row's tokens, which are in their slots now."""
+        request, layout = row.request, row.request.layout
+        start, end = request.num_computed, request.num_computed + row.count
+        positions = np.arange(start, end) if layout is None else layout.positions(start, end)
+        places = positions if layout is None else layout.own_slots(positions)
+        self.pages.write(self.pages.slots(request.blocks, places), request.tokens[positions], positions)
+        return positions
+
+    def _compute(self, row: ScheduledRequest, rows: np.ndarray) -> list[int]:
+        """The context of a row's last token, as its blocks and views have it: each token once, in its place."""
+        request, layout, end = row.request, row.request.layout, row.request.num_computed + row.count
+        slots, positions = self.pages.look(request, end if layout is None else layout.slots_in_use(end))
+        seen = np.flatnonzero((positions >= 0) & (positions <= rows[-1]))
+        seen = seen[np.argsort(positions[seen], kind="stable")]
+        assert np.array_equal(positions[seen], np.arange(rows[-1] + 1)), f"{request.id} sees {positions[seen]}"
+        self.pages.compute(slots[seen], rows)
+        text: list[int] = self.memory.reshape(-1)[slots[seen]].tolist()
+        return text
+
+    def _sample(self, row: ScheduledRequest, text: list[int]) -> list[SampledToken]:
         """The token after each draft that came true, each from the context that the blocks hold."""
-        text: list[int] = self.memory[row.request.blocks].reshape(-1)[: row.request.num_tokens + row.drafts].tolist()
         known = row.request.num_tokens
         tokens = [self.next_token(text[:known])]
         for drafted in text[known:]:
@@ -94,7 +121,7 @@ class TextCopier:
 
     def __init__(self, executor: PagedTextExecutor, num_slots: int) -> None:
         self.executor = executor
-        self.slots = np.full((num_slots, executor.block_size), -2, dtype=np.int32)
+        self.slots = np.full((num_slots, 2, executor.block_size), -2, dtype=np.int32)
         self.queue: list[CopyJob] = []
         self.ended: list[CopyJob] = []
         self.job_seconds = 0.5
@@ -125,12 +152,14 @@ class TextCopier:
         else:
             return
         self.queue.remove(job)
-        pairs = list(zip(job.blocks, job.slots, strict=True))
-        for block, slot in pairs[: len(pairs) // 2] if fail else pairs:
+        triples = list(zip(job.blocks, job.slots, job.starts, strict=True))
+        pages = self.executor.pages
+        for block, slot, start in triples[: len(triples) // 2] if fail else triples:
             if job.direction is Direction.TO_HOST:
-                self.slots[slot] = self.executor.memory[block]
+                self.slots[slot] = pages.tokens[block], pages.values[block].view(np.int32)
             else:
-                self.executor.memory[block] = self.slots[slot]
+                pages.tokens[block], pages.values[block] = self.slots[slot, 0], self.slots[slot, 1].view(np.uint32)
+                pages.positions[block] = np.arange(start, start + pages.block_size)
         job.seconds, job.error = self.job_seconds, "made to fail" if fail else None
         self.ended.append(job)
 
@@ -179,7 +208,8 @@ class StepwiseDisk:
 
 
 BLOCK_SIZE = 4
-BLOCK_BYTES = BLOCK_SIZE * 4
+TOKENS_BYTES = BLOCK_SIZE * 4
+BLOCK_BYTES = 2 * TOKENS_BYTES
 
 
 def make_tiers(
@@ -189,7 +219,7 @@ def make_tiers(
     copier, disk = TextCopier(executor, host_slots), None
     if folder is not None:
         limit = 4096 + disk_records * (4096 + 128)
-        file = DiskFile(folder, "text", content_bytes=BLOCK_BYTES, tokens_bytes=BLOCK_BYTES, limit_bytes=limit)
+        file = DiskFile(folder, "text", content_bytes=BLOCK_BYTES, tokens_bytes=TOKENS_BYTES, limit_bytes=limit)
         assert file.num_records == disk_records
         disk = DiskTier(DiskIndex(disk_records, file.scan()), StepwiseDisk(file), copier.slot, BLOCK_BYTES)
     return Tiers(cache, host_slots, copier, block_bytes=BLOCK_BYTES, disk=disk)
@@ -207,15 +237,26 @@ def make_engine(
     step: float | None = None,
     folder: Path | None = None,
     disk_records: int = 0,
+    agents: bool = False,
+    speculator: Speculator | None = None,
+    reuse: ReuseSettings | None = None,
+    segment_blocks: int = 64,
+    segment_hash: Hash | None = None,
 ) -> Engine:
     """With `host_slots`, an engine with a second tier; with a `folder`, a third of `disk_records` there.
 
-    `step`: seconds that steps take.
+    `step`: seconds that steps take; `agents`: tool calls are heard of; `reuse`: of shared segments.
     """
     clock = VirtualClock()
     seconds = step if step is not None else 0.25 if host_slots else 0.0
     executor = PagedTextExecutor(num_blocks, block_size, lambda: clock.advance(seconds))
     cache = KVCache(num_blocks, block_size, share_prefixes=share)
+    tiers = make_tiers(executor, cache, host_slots, folder, disk_records) if host_slots else None
+    rounds = None
+    if reuse is not None:
+        options = {} if segment_hash is None else {"hash": segment_hash}
+        store = cache.segments = SegmentStore(cache, segment_blocks, **options)
+        rounds = RoundCalls(cache, store, PagedTextSegments(executor.pages, segment_blocks), reuse)
     engine = Engine(
         executor,
         policy or FirstComeFirstServed(),
@@ -225,7 +266,10 @@ def make_engine(
         max_running=max_running,
         max_context=10_000,
         vocab_size=VOCAB,
-        tiers=make_tiers(executor, cache, host_slots, folder, disk_records) if host_slots else None,
+        tiers=tiers,
+        agents=AgentCalls(cache, tiers) if agents else None,
+        speculator=speculator,
+        rounds=rounds,
     )
     engine._check = True
     return engine

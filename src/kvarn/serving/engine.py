@@ -239,6 +239,7 @@ class Engine:
                 request.move_to(RequestState.RUNNING)
                 self.running.append(request)
                 self.counters.loads += 1
+                self._copy_segments(request)
             else:
                 self.cache.release(request)
                 request.move_to(RequestState.WAITING)
@@ -254,13 +255,16 @@ class Engine:
 
     def _collect(self, now: float) -> bool:
         """Go on with rounds, and hand over who is ready; whether anything was done."""
-        if self.rounds is None or not self.rounds.num_held:
+        if self.rounds is None:
             return False
-        budget = self.round_budget if self.running else self.token_budget
-        released, worked = self.rounds.advance(now, budget, alone=not (self.running or self.loading or self.waiting))
-        for request in released:
+        progress = self.rounds.advance(now, self.round_budget if self.running else self.token_budget)
+        for request, error in progress.failed:
+            self._finish(request, FinishReason.ERROR, error=error)
+        for request in progress.released:
             insort(self.waiting, request, key=_rank)
-        return worked
+        copying = self.tiers is not None and self.tiers.copying
+        idle = not (progress.worked or self.running or self.loading or self.batch.rows or copying)
+        return progress.worked or (idle and self.rounds.relieve(self.waiting))
 
     def _schedule(self, now: float) -> Batch:
         """Ask the policy, then move requests and blocks as it decided."""
@@ -379,10 +383,18 @@ class Engine:
         self.cache.admit(request)
         if self.agents is not None:
             self.agents.taken_over(request, request.moved_at)
-        if self.rounds is not None and not self.rounds.admitted(request):
+        return self._copy_segments(request)
+
+    def _copy_segments(self, request: Request) -> bool:
+        """Give a request that has begun to run its copies of segments; False, and it does not run, without."""
+        try:
+            if self.rounds is None or self.rounds.admitted(request):
+                return True
             self._preempt(request)
-            return False
-        return True
+        except Exception as error:
+            _log.exception("copying shared segments failed; the request is ended")
+            self._finish(request, FinishReason.ERROR, error=f"its shared segments failed: {error}")
+        return False
 
     def _load(self, tiers: Tiers, request: Request) -> None:
         """Start bringing a waiting request back from the host; nothing changes where that cannot be done now."""

@@ -13,6 +13,7 @@ Source: TokenDance (arXiv 2604.03143), 4.2.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.rounds.spans import Span, spans_of
 from kvarn.serving.rounds.work import EncodeJob, Probe, SegmentExecutor
 from kvarn.serving.rounds_report import RoundFacts, RoundReport
+
+_log = logging.getLogger(__name__)
 
 _REMEMBERED = 256
 """Rounds whose choice of blocks is kept for members that come late."""
@@ -55,6 +58,22 @@ class _Group:
     resolved: bool = False
     waits_for: Request | None = None
     """In mode "serial", whoever has to get his first token before the next one is looked at."""
+
+    @property
+    def is_blocked(self) -> bool:
+        request = self.waits_for
+        return request is not None and not request.num_outputs and request.state is not RequestState.FINISHED
+
+
+@dataclass(slots=True)
+class Progress:
+    """What came of going on with rounds."""
+
+    released: list[Request] = field(default_factory=list)
+    """Who waits for the policy from now on."""
+    failed: list[tuple[Request, str]] = field(default_factory=list)
+    """Who cannot be served, and why; they still wait here."""
+    worked: bool = False
 
 
 class RoundCalls:
@@ -139,50 +158,63 @@ class RoundCalls:
         """The last `limit` rounds, the newest first."""
         return list(self._reports)[:limit]
 
-    def advance(self, now: float, budget: int, *, alone: bool) -> tuple[list[Request], bool]:
-        """Go on with rounds, encoding at most `budget` tokens; who is ready, and whether anything was done.
-
-        alone   nobody else runs: nothing will come free
-        """
+    def advance(self, now: float, budget: int) -> Progress:
+        """Go on with rounds, encoding at most `budget` tokens."""
         for gathered in self._barrier.due(now):
             self._groups.append(_Group(gathered, list(gathered.members)))
             self.counters.late_members += gathered.late
             self.counters.collected_rounds += not gathered.late
-        released: list[Request] = []
-        worked = False
+        progress = Progress()
         while self._groups and budget > 0:
             group = self._groups[0]
-            if (
-                group.waits_for is not None
-                and not group.waits_for.num_outputs
-                and (group.waits_for.state is not RequestState.FINISHED)
-            ):
+            if group.is_blocked:
                 break
-            members = group.members[:1] if self.settings.mode == "serial" else list(group.members)
-            if not group.resolved:
-                self._resolve(group)
-            missing = self._missing(group, members)
-            if missing:
-                used = self._encode(group, missing, budget)
-                worked |= used > 0
-                budget -= used
-                if used:
-                    continue
-                if not alone or released:
-                    break
-                for request in members:  # there is no room, and there will be none: without its segments then
-                    self._let_go(group, request)
-                    group.segments[id(request)] = []
-            self._release(group, members, now)
-            worked = True
-            released += members
-            group.members = [request for request in group.members if request not in members]
-            group.waits_for = members[0] if self.settings.mode == "serial" and members else None
+            try:
+                used = self._go_on(group, budget, now, progress)
+            except Exception as error:
+                _log.exception("a round failed; its %d requests are ended", len(group.members))
+                progress.failed = [(request, f"its shared segments failed: {error}") for request in group.members]
+                break
+            if not used and group.members and not group.is_blocked:
+                break  # there is no room for its segments
+            budget -= used
             if not group.members:
                 self._groups.pop(0)
-        return released, worked
+        return progress
+
+    def relieve(self, waiting: Sequence[Request]) -> bool:
+        """Nothing runs and nobody can begin: those who come last do without segments. Whether that makes room."""
+        for group in reversed(self._groups):
+            holding = [request for request in group.members if group.segments.get(id(request))]
+            for request in holding:
+                self._let_go(group, request)
+                group.segments[id(request)] = []
+            if holding:
+                return True
+        for request in reversed(waiting):
+            if request.layout is not None:
+                self.ended(request)
+                return True
+        return False
 
     # ---- the stages of a round ---------------------------------------------------------------------------
+
+    def _go_on(self, group: _Group, budget: int, now: float, progress: Progress) -> int:
+        """One stage of a round; the tokens that it took of the budget."""
+        if not group.resolved:
+            self._resolve(group)
+        members = group.members[:1] if self.settings.mode == "serial" else list(group.members)
+        missing = self._missing(group, members)
+        if missing:
+            used = self._encode(group, missing, budget)
+            progress.worked |= used > 0
+            return used
+        self._release(group, members, now)
+        progress.worked = True
+        progress.released += members
+        group.members = [request for request in group.members if request not in members]
+        group.waits_for = members[0] if self.settings.mode == "serial" and members else None
+        return 0
 
     def _resolve(self, group: _Group) -> None:
         """Find or begin the segments of all members."""
@@ -193,10 +225,11 @@ class RoundCalls:
         for request in group.members:
             hit = self.cache.lookup(request).tokens
             exact = max(hit, common if len(group.members) > 1 else 0)
+            exact += self.cache.block_size  # less than a block beyond a prefix is soon computed
             spans[id(request)] = [
                 span
                 for span in spans_of(request.segments)
-                if span.end > exact and span.start >= behind and span.length >= self.settings.shortest
+                if span.end >= exact and span.start >= behind and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
         joint = self._is_joint(group, spans)
         for request in group.members:
@@ -221,7 +254,7 @@ class RoundCalls:
         salt, content = self.cache.salt(request), tokens.tobytes()
         known = self._contexts.setdefault(group.gathered.key, {})
         sink, before = request.tokens[: self.settings.joint_sink if joint else self.settings.sink_tokens], tokens[:0]
-        if content in known:
+        if content in known and self.store.find(tokens, known[content][0], salt, known[content][1]) is not None:
             sink, before = known[content]
         elif joint and group.chain:
             last = group.chain[-1]
@@ -240,7 +273,9 @@ class RoundCalls:
         used = {segment.key: segment for request in members for _, segment in group.segments[id(request)]}
         incomplete = any(not segment.is_encoded for segment in used.values())
         placed = incomplete or not self.settings.is_dense
-        return [each for each in used.values() if not each.is_encoded or (placed and not each.blocks)]
+        order = {id(segment): i for i, segment in enumerate(group.chain)}  # each sees those before it
+        segments = sorted(used.values(), key=lambda segment: order.get(id(segment), len(order)))
+        return [each for each in segments if not each.is_encoded or (placed and not each.blocks)]
 
     def _encode(self, group: _Group, missing: Sequence[StoredSegment], budget: int) -> int:
         """Bring segments to the device, computing at most `budget` tokens; what that took of the budget."""
@@ -260,7 +295,12 @@ class RoundCalls:
             if self.settings.mode == "serial":
                 break
         if loads:
-            self.executor.load(loads)
+            try:
+                self.executor.load(loads)
+            except Exception:
+                for segment in loads:
+                    self.store.displace(segment)
+                raise
             self.counters.loaded_segments += len(loads)
         if jobs:
             self.executor.encode(jobs)
@@ -286,9 +326,10 @@ class RoundCalls:
             layout = lay_out(
                 request.prompt_length, placed[id(request)], self.cache.block_size, dense=self.settings.is_dense
             )
-            for each in layout.placed:
-                self.store.pin(each.segment)
-            request.set_layout(layout)
+            if layout.reused:  # else it is computed like any other, and exact
+                for each in layout.placed:
+                    self.store.pin(each.segment)
+                request.set_layout(layout)
             self.counters.reused_tokens += layout.reused
             self.counters.refreshed_tokens += layout.refreshed
         self._report(group, members, now)

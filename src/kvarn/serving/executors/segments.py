@@ -155,9 +155,9 @@ class TorchSegments:
         layout, size = request.layout, self.block_size
         assert layout is not None
         own = request.blocks
-        first = layout.prefix // size  # whoever had these blocks before may have left positions between the segments
         flat = self.kv.slot_positions.view(-1)
-        self.kv.slot_positions[self._tensor(own[first:])] = -1
+        # All slots up to the last segment are looked at from the start: what others left in them must not be seen.
+        self.kv.slot_positions[self._tensor(own[request.exact_tokens // size :])] = -1
         for each in layout.placed:
             kept = each.start + np.flatnonzero(~each.recomputed(size))
             flat[self._tensor(_slots(own, layout.slots[kept], size))] = self._tensor(kept).int()

@@ -118,6 +118,14 @@ class SegmentStore:
         self._by_block.update(dict.fromkeys(blocks, segment))
         return True
 
+    def displace(self, segment: StoredSegment) -> None:
+        """Take back the device blocks of a pinned segment: they have not got its content."""
+        for block in segment.blocks:
+            del self._by_block[block]
+        for _ in range(segment.pins):
+            self.cache.pool.release(segment.blocks, keep=self.cache.keeps)
+        segment.blocks = []
+
     def evicted(self, block: int) -> None:
         """A device block of a segment is given up: the others are of no use then."""
         segment = self._by_block[block]

@@ -194,7 +194,10 @@ class Tiers:
         if not found:
             return False
         cache.admit(request)
-        if not cache.grow(request, (first + len(found)) * cache.block_size - request.slot_surplus):
+        tokens = (first + len(found)) * cache.block_size - request.slot_surplus
+        if request.layout is not None and request.layout.copies:
+            tokens = request.prompt_length  # copies of segments stand behind
+        if not cache.grow(request, tokens):
             cache.release(request)
             return False
         entries = self._arrivals.gather(found, cache.salt(request))

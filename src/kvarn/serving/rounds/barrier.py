@@ -38,8 +38,8 @@ class _Open(Generic[Member]):
     size: int
     opened_at: float
     members: dict[str, Member] = field(default_factory=dict)
-    left: int = 0
-    """Members that were cancelled: nobody waits for them."""
+    left: set[str] = field(default_factory=set)
+    """Agents whose requests were cancelled: nobody waits for them."""
 
 
 class Barrier(Generic[Member]):
@@ -77,6 +77,7 @@ class Barrier(Generic[Member]):
         if opened is None:
             opened = self._open[key] = _Open(hint.size, now)
         opened.members[agent] = member
+        opened.left.discard(agent)
 
     def leave(self, member: Member) -> bool:
         """A member that waits is gone; whether it was here."""
@@ -84,7 +85,7 @@ class Barrier(Generic[Member]):
             for agent, other in opened.members.items():
                 if other is member:
                     del opened.members[agent]
-                    opened.left += 1
+                    opened.left.add(agent)
                     return True
         for late in self._late:
             if member in late.members:
@@ -96,7 +97,7 @@ class Barrier(Generic[Member]):
         """Rounds that are complete or have waited long enough; they are not here any more."""
         ready, self._late = self._late, []
         for key, opened in list(self._open.items()):
-            if len(opened.members) + opened.left < opened.size and now < opened.opened_at + self.wait:
+            if len(opened.members) + len(opened.left) < opened.size and now < opened.opened_at + self.wait:
                 continue
             del self._open[key]
             self._complete[key] = set(opened.members)

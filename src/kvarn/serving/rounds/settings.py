@@ -34,17 +34,15 @@ class ReuseSettings:
     """Blocks at the beginning of each segment that "lego" computes anew."""
     probes: int = 1
     """Members of a round in which "collective" looks for what deviates, more where one does not see all segments."""
-    share_blocks: bool | None = None
-    """Whether requests read segments in place rather than copy them; None: where the mode chooses whole blocks."""
+    share_blocks: bool = True
+    """Whether requests read segments in place rather than copy them, where the mode chooses whole blocks."""
     sharpness: Literal["mean", "max"] = "mean"
     """What counts of several members' deviations."""
 
     @property
     def is_dense(self) -> bool:
         """Whether each request gets copies of its own."""
-        if self.share_blocks is not None:
-            return not self.share_blocks
-        return self.mode in ("serial", "batched")
+        return not self.whole_blocks or not self.share_blocks
 
     @property
     def whole_blocks(self) -> bool:
