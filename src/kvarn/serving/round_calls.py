@@ -240,13 +240,16 @@ class RoundCalls:
             ]
 
     def _is_joint(self, group: _Group, spans: dict[int, list[Span]]) -> bool:
-        """Whether segments are encoded behind one another: all must see the same ones, lest KV tell more than texts."""
-        if self.settings.source != "joint" or not self.settings.whole_blocks or len(group.members) < 2:
+        """Whether segments are encoded behind one another: all must see the same ones, lest KV tell more than texts.
+
+        Who comes late gets those of the others where he sees the same as they do.
+        """
+        known = self._contexts.get(group.gathered.key)
+        if self.settings.source != "joint" or not self.settings.whole_blocks or not (known or len(group.members) > 1):
             return False
-        seen = [
-            {request.tokens[span.start : span.end].tobytes() for span in spans[id(request)]}
-            for request in group.members
-        ]
+        seen = [{request.tokens[start:end].tobytes() for start, end in spans[id(request)]} for request in group.members]
+        if known:
+            seen.append(set(known))
         return all(each == seen[0] for each in seen)
 
     def _take(self, group: _Group, request: Request, tokens: NDArray[np.int32], joint: bool) -> StoredSegment | None:
@@ -254,8 +257,9 @@ class RoundCalls:
         salt, content = self.cache.salt(request), tokens.tobytes()
         known = self._contexts.setdefault(group.gathered.key, {})
         sink, before = request.tokens[: self.settings.joint_sink if joint else self.settings.sink_tokens], tokens[:0]
-        if content in known and self.store.find(tokens, known[content][0], salt, known[content][1]) is not None:
-            sink, before = known[content]
+        context = known.get(content)
+        if joint and context is not None and self.store.find(tokens, context[0], salt, context[1]) is not None:
+            sink, before = context
         elif joint and group.chain:
             last = group.chain[-1]
             sink, before = sink[:0], np.concatenate([last.before, last.all_tokens])

@@ -71,7 +71,7 @@ KINDS = (
 def society(kind: Kind, *, sink: int = 2, share: float = 0.3, wait: float = 5.0, **engine: object) -> Engine:
     """An engine with blocks of four tokens that reuses segments of five or more."""
     reuse = ReuseSettings(
-        mode=kind.mode, share=share, wait=wait, sink_tokens=sink, shortest=5,  # type: ignore[arg-type]
+        mode=kind.mode, share=share, wait=wait, sink_tokens=sink, joint_sink=sink, shortest=5,  # type: ignore[arg-type]
         share_blocks=not kind.dense,
     )  # fmt: skip
     return make_engine(

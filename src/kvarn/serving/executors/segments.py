@@ -75,15 +75,19 @@ class TorchSegments:
             tables,
         )
         flat[batch.slots.long()] = batch.positions
-        keys, values = self.decoder.encode(batch, self.kv)
+        try:
+            keys, values = self.decoder.encode(batch, self.kv)
+        finally:
+            for job in jobs:
+                for first in job.before[:1]:
+                    self._hide_sink(first)
         stored = [_slots(job.segment.canonical, each, size) for job, each in zip(jobs, rows, strict=True)]
         blocks, offsets = (torch.from_numpy(part) for part in np.divmod(np.concatenate(stored), size))
         for plane, computed in enumerate((keys, values)):  # [L, T, Hkv, D]
             self.memory[blocks, :, plane, :, offsets] = computed.transpose(0, 1).to(self.memory.device)
         for job in jobs:
-            done = job.segment.encoded + job.count == job.segment.sink + job.segment.length
-            for each in (*job.before[:1], *((job.segment,) if done else ())):
-                self._hide_sink(each)
+            if job.segment.encoded + job.count == job.segment.sink + job.segment.length:
+                self._hide_sink(job.segment)
 
     def _hide_sink(self, segment: StoredSegment) -> None:
         slots = _slots(segment.blocks, np.arange(segment.sink), self.block_size)
