@@ -55,6 +55,8 @@ class _Group:
     """Segments that are encoded behind one another."""
     before: dict[bytes, tuple[StoredSegment, ...]] = field(default_factory=dict)
     """By key, those of the chain before each."""
+    sink: int = 0
+    """Leading tokens of a prompt that segments are encoded behind."""
     resolved: bool = False
     waits_for: Request | None = None
     """In mode "serial", whoever has to get his first token before the next one is looked at."""
@@ -232,6 +234,9 @@ class RoundCalls:
                 if span.end >= exact and span.start >= behind and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
         joint = self._is_joint(group, spans)
+        group.sink = self.settings.sink_tokens
+        if joint:  # no member's private beginning is in the others' KV, but for as little as without others
+            group.sink = min(self.settings.joint_sink, max(common, group.sink))
         for request in group.members:
             group.segments[id(request)] = [
                 (span, segment)
@@ -256,7 +261,7 @@ class RoundCalls:
         """The segment of these tokens for a member of a group, pinned."""
         salt, content = self.cache.salt(request), tokens.tobytes()
         known = self._contexts.setdefault(group.gathered.key, {})
-        sink, before = request.tokens[: self.settings.joint_sink if joint else self.settings.sink_tokens], tokens[:0]
+        sink, before = request.tokens[: group.sink], tokens[:0]
         context = known.get(content)
         if joint and context is not None and self.store.find(tokens, context[0], salt, context[1]) is not None:
             sink, before = context

@@ -27,7 +27,7 @@ class ReuseSettings:
     """Leading tokens of the prompt that a segment is encoded behind: else its own first would get their attention.
     Segments that are encoded alone are shared where these are the same."""
     joint_sink: int = 16
-    """The same of segments encoded together, of the first member's prompt: one for all members."""
+    """The most of them behind which segments are encoded together, as far as all members begin alike."""
     shortest: int = 32
     """Tokens of a segment that is worth the trouble."""
     lego_blocks: int = 1
