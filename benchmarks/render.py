@@ -16,7 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import agents_tables, bars, machine_tables, reproductions, rounds_tables, streaming_tables, tables
+from benchmarks import (
+    agents_tables,
+    bars,
+    certificate_tables,
+    machine_tables,
+    reproductions,
+    rounds_tables,
+    streaming_tables,
+    tables,
+)
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -71,6 +80,7 @@ RENDERERS: dict[str, Renderer] = {
     "long_context": lambda data, _: tables.long_context_table(data),
     "served": lambda data, _: tables.served_table(data),
     "quality": lambda data, _: tables.quality_table(data),
+    "certificate": lambda data, _: certificate_tables.certificate_table(data),
     "limits": lambda data, _: machine_tables.limits_table(data),
     "neighbours": lambda data, _: machine_tables.neighbours_table(data),
     "overhead": lambda data, _: machine_tables.overhead_table(data),

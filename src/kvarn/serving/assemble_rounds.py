@@ -56,8 +56,8 @@ def identity_of(spec: ModelSpec, kv_dtype: torch.dtype, block_size: int, folder:
     """What a certificate for this model in this form is for."""
     usual = ReuseSettings()
     return Identity(
-        spec.name, spec.precision, str(kv_dtype).removeprefix("torch."), block_size, usual.sink_tokens, usual.source,
-        fingerprint(folder),
+        spec.name, spec.precision, str(kv_dtype).removeprefix("torch."), block_size,
+        f"{usual.source}, behind {usual.sink_tokens} or {usual.joint_sink} tokens", fingerprint(folder),
     )  # fmt: skip
 
 

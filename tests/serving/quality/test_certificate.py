@@ -20,7 +20,15 @@ from kvarn.serving.quality.figures import Quality
 from kvarn.serving.rounds.hints import ReuseMode
 
 GOOD = Quality(
-    mean_kl=0.01, p95_kl=0.1, top1=0.99, perplexity_ratio=1.0, needle=1.0, questions=20, tokens=500, refreshed=0.1
+    mean_kl=0.01,
+    p95_kl=0.1,
+    top1=0.99,
+    first=1.0,
+    perplexity_ratio=1.0,
+    needle=1.0,
+    questions=20,
+    tokens=500,
+    refreshed=0.1,
 )
 LIMITS = Limits()
 

@@ -37,9 +37,8 @@ class Identity(msgspec.Struct, frozen=True):
     precision: str
     kv_dtype: str
     block_size: int
-    sink_tokens: int
-    source: str
-    """What segments are encoded behind; see kvarn.serving.rounds.settings."""
+    encoding: str
+    """What segments are encoded behind: the source and its sinks; see kvarn.serving.rounds.settings."""
     weights: str
     """Digest of config.json and of samples of the weights; see `fingerprint`."""
 

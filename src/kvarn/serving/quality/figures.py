@@ -14,6 +14,8 @@ class Quality:
     p95_kl: float
     top1: float
     """Tokens whose likeliest next token is the same."""
+    first: float
+    """Tasks whose first token is the same: what a judge chooses, where that is its first word."""
     perplexity_ratio: float
     """Of the references, reused : exact."""
     needle: float | None

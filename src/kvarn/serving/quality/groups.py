@@ -64,6 +64,22 @@ def make_groups(encode: Encode, frame: Frame, count: int, *, seed: int = 0) -> I
         yield _group(encode, frame, draw, agents=4 + number % 3)
 
 
+def make_judges(encode: Encode, frame: Frame, count: int, *, seed: int = 0) -> Iterator[Group]:
+    """Groups of judges: each reads the same remarks in another order and is about to name whose is the best."""
+    for number in range(count):
+        draw = np.random.default_rng([seed, number, 1])
+        names = draw.permutation(passages.NAMES)[:4].tolist()
+        texts = draw.permutation(np.array(passages.PASSAGES, dtype=object))[:4].tolist()
+        remarks = [encode(f"\n\n{name} said: {text}") for name, text in zip(names, texts, strict=True)]
+        end = encode(f"\n\nWhose remark is the best? Answer with a name.{frame.end}The best remark is that of")
+        judges = []
+        for i in range(4):
+            history: Part = ("private", encode(_history(frame, names[i], draw)))
+            shared: list[Part] = [("shared", remarks[j]) for j in np.roll(np.arange(4), -i).tolist()]
+            judges.append(prompt_of([history, *shared, ("task", end)]))
+        yield Group(tuple(judges))
+
+
 def _group(encode: Encode, frame: Frame, draw: np.random.Generator, agents: int) -> Group:
     names = draw.permutation(passages.NAMES)[:agents].tolist()
     facts = draw.permutation(len(passages.FACTS))[:agents].tolist()

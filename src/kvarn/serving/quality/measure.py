@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from kvarn.serving.speculation import Speculator
 _TASK_TOKENS = 32
 """Compared for each task."""
 _ANSWER_TOKENS = 8
+_TENANTS = count()
+"""One for each way and group, whatever else the engine has measured."""
 
 
 @dataclass(slots=True)
@@ -86,16 +89,17 @@ def measure(
     """
     listener = _Listener(loaded)
     tallies = [_Tally() for _ in ways]
-    for number, group in enumerate(groups):
-        reference = listener.hear(group.tasks, f"exact {number}", limit=_TASK_TOKENS)
+    for group in groups:
+        exactly = f"measured {next(_TENANTS)}"
+        reference = listener.hear(group.tasks, exactly, limit=_TASK_TOKENS)
         found = [
             prompt.answer in decode(heard.tokens)
             for prompt, heard in zip(
-                group.questions, listener.hear(group.questions, f"exact {number}", limit=_ANSWER_TOKENS), strict=True
+                group.questions, listener.hear(group.questions, exactly, limit=_ANSWER_TOKENS), strict=True
             )
         ]
-        for i, (way, tally) in enumerate(zip(ways, tallies, strict=True)):
-            tenant = f"way {i} of {number}"
+        for way, tally in zip(ways, tallies, strict=True):
+            tenant = f"measured {next(_TENANTS)}"
             told = [each.tokens for each in reference]
             heard = listener.hear(group.tasks, tenant, limit=_TASK_TOKENS, way=way, told=told)
             for exact, reused in zip(reference, heard, strict=True):
@@ -170,6 +174,8 @@ class _Listener:
 class _Tally:
     divergences: list[float] = field(default_factory=list)
     same: int = 0
+    tasks: int = 0
+    same_first: int = 0
     exact_nats: float = 0.0
     reused_nats: float = 0.0
     right: int = 0
@@ -180,20 +186,24 @@ class _Tally:
     def compare(self, exact: _Heard, reused: _Heard) -> None:
         p, q = torch.stack(exact.logprobs), torch.stack(reused.logprobs)  # [tokens, vocabulary]
         self.divergences += ((p.exp() * (p - q)).sum(1)).tolist()
-        self.same += int((p.argmax(1) == q.argmax(1)).sum())
+        same = p.argmax(1) == q.argmax(1)
+        self.same += int(same.sum())
+        self.tasks += 1
+        self.same_first += bool(same[0])
         said = torch.tensor(exact.tokens)[:, None]
         self.exact_nats -= float(p.gather(1, said).sum())
         self.reused_nats -= float(q.gather(1, said).sum())
 
     def quality(self) -> Quality:
-        count = len(self.divergences)
+        total = len(self.divergences)
         return Quality(
             mean_kl=float(np.mean(self.divergences)),
             p95_kl=float(np.quantile(self.divergences, 0.95)),
-            top1=self.same / count,
-            perplexity_ratio=float(np.exp((self.reused_nats - self.exact_nats) / count)),
+            top1=self.same / total,
+            first=self.same_first / self.tasks,
+            perplexity_ratio=float(np.exp((self.reused_nats - self.exact_nats) / total)),
             needle=self.right / self.right_exactly if self.right_exactly else None,
             questions=self.right_exactly,
-            tokens=count,
+            tokens=total,
             refreshed=self.refreshed / self.shared if self.shared else 0.0,
         )
