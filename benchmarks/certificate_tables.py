@@ -12,11 +12,11 @@ def certificate_table(data: dict[str, Any]) -> Rendered:
     identity, limits, floor = data["identity"], data["limits"], data["floor"]
     allowed = [(each["mode"], each["share"]) for each in data["allowed"]]
     verdict = "allowed: " + ", ".join(f"{mode} at {share:g}" for mode, share in allowed) if allowed else "none allowed"
+    about = f"{identity['precision']} weights, {identity['kv_dtype']} cache; segments {identity['encoding']}"
+    size = f"{data['groups']} rounds, {floor['tokens']} tokens, {floor['questions']} facts that the exact engine finds"
+    asked = f"KL {limits['mean_kl']:g}, same top-1 {limits['top1']:.0%}, facts {limits['needle']:.0%}"
     lines = [
-        f"SmolLM2-135M-Instruct as it is served by default ({identity['precision']} weights, {identity['kv_dtype']} "
-        f"cache; segments {identity['encoding']}), {data['groups']} rounds, {floor['tokens']} tokens, {floor['questions']} facts that the exact engine "
-        f"finds. Limits: KL {limits['mean_kl']:g}, same top-1 {limits['top1']:.0%}, facts {limits['needle']:.0%}; "
-        f"{verdict}.",
+        f"SmolLM2-135M-Instruct as it is served by default ({about}), {size}. Limits: {asked}; {verdict}.",
         "",
         "| mode | share | anew % | mean KL | P95 KL | same top-1 % | perplexity | facts % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
