@@ -96,6 +96,9 @@ def serve(
     segment_memory: Annotated[
         str, _engine(help="Host memory for shared segments, such as 1GiB; auto: a quarter of the KV cache's.")
     ] = "auto",
+    mirror_memory: Annotated[
+        str, _engine(help="Memory for what requests with shared segments leave; auto: as --segment-memory, 0: none.")
+    ] = "auto",
     max_context: Annotated[int, _limits(help="Tokens of prompt + output; 0: the model's.")] = _ENGINE.max_context,
     max_running: Annotated[int, _limits(help="Requests in one batch.")] = _ENGINE.max_running,
     max_queued: Annotated[int, _limits(help="Requests that may wait before others get 429.")] = _SERVER.max_queued,
@@ -123,6 +126,7 @@ def serve(
             speculation=speculation, draft_tokens=draft_tokens,
             reuse=reuse, reuse_share=reuse_share, round_wait=round_wait,
             segment_memory_bytes=AUTO if segment_memory == "auto" else parse_bytes(segment_memory, "--segment-memory"),
+            mirror_memory_bytes=AUTO if mirror_memory == "auto" else parse_bytes(mirror_memory, "--mirror-memory"),
         ),
         host=host, port=port, served_name=served_name, api_keys=keys, stream_rate_limits=limits,
         default_stream_rate=stream_rate, max_stream_rate=max_stream_rate, pace=pace,

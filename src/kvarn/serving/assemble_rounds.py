@@ -12,9 +12,12 @@ import torch
 from kvarn.errors import KvarnError
 from kvarn.models.decoder_llama import LlamaDecoder
 from kvarn.models.spec import Decoder, KVMemory, ModelSpec
+from kvarn.serving.assemble_tiers import kind_of
 from kvarn.serving.config import EngineConfig
+from kvarn.serving.conversations import Conversations
 from kvarn.serving.executors.segments import TorchSegments
 from kvarn.serving.kvcache.cache import KVCache
+from kvarn.serving.kvcache.mirrors import MirrorStore
 from kvarn.serving.kvcache.segments import SegmentStore
 from kvarn.serving.quality.certificate import Identity, fingerprint, read
 from kvarn.serving.round_calls import RoundCalls
@@ -49,7 +52,12 @@ def build_rounds(
         raise KvarnError(f"segment_memory_bytes is {wanted}, less than one block of KV: give more, or reuse 'exact'")
     executor = TorchSegments(decoder, kv, blocks, check_layer=_CHECK_LAYER)
     store = cache.segments = SegmentStore(cache, executor.num_blocks)
-    return RoundCalls(cache, store, executor, settings)
+    kept, limit = None, config.mirror_bytes(kv.pages.nbytes)
+    if limit and not settings.is_dense:
+        kind = kind_of(kv, decoder.spec, folder)
+        disk = Path(config.disk_cache).expanduser() if config.disk_cache else None
+        kept = Conversations(cache, store, executor, settings, MirrorStore(limit), folder=disk, kind=kind)
+    return RoundCalls(cache, store, executor, settings, kept)
 
 
 def identity_of(spec: ModelSpec, kv_dtype: torch.dtype, block_size: int, folder: Path) -> Identity:

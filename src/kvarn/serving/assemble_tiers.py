@@ -41,7 +41,7 @@ def build_tiers(
         try:
             file = DiskFile(
                 Path(config.disk_cache).expanduser(),
-                _kind(kv, spec, model_folder),
+                kind_of(kv, spec, model_folder),
                 content_bytes=block_bytes,
                 tokens_bytes=config.block_size * 4,
                 limit_bytes=config.disk_memory_bytes,
@@ -52,7 +52,7 @@ def build_tiers(
     return Tiers(cache, slots, copier, block_bytes=block_bytes, disk=disk)
 
 
-def _kind(kv: KVMemory, spec: ModelSpec, folder: Path) -> str:
+def kind_of(kv: KVMemory, spec: ModelSpec, folder: Path) -> str:
     """Text that is equal for KV that is interchangeable: made by the same weights, in the same way, in one format."""
     weights = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.glob("*.safetensors"))
     config = (folder / "config.json").read_text()

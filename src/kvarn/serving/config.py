@@ -71,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that a round waits for those of its requests that have not come."""
     segment_memory_bytes: int = AUTO
     """Host memory for shared segments; AUTO: a quarter of the KV pool's."""
+    mirror_memory_bytes: int = AUTO
+    """Host memory for what requests with shared segments leave when they end, for requests that go on there; 0: nothing
+    is kept, AUTO: as much as for shared segments. What `disk_cache` keeps of it takes as much there."""
     cuda_graphs: bool = True
     """On a CUDA device, replay decode steps from graphs captured at start."""
     flashinfer: bool = True
@@ -102,6 +105,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Memory for shared segments behind a KV pool of this size."""
         return pool_bytes // 4 if self.segment_memory_bytes == AUTO else self.segment_memory_bytes
 
+    def mirror_bytes(self, pool_bytes: int) -> int:
+        """Memory for what requests with shared segments leave, behind a KV pool of this size."""
+        return self.segment_bytes(pool_bytes) if self.mirror_memory_bytes == AUTO else self.mirror_memory_bytes
+
     def reuse_settings(self) -> ReuseSettings | None:
         """None where nothing but prefixes is reused; "auto" must have been resolved to count for anything."""
         if self.reuse in ("auto", "exact"):
@@ -122,6 +129,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("prefill_budget", 1, 2**20), ("block_size", 1, 2**16),
             ("kv_memory_bytes", 0, 2**63 - 1), ("host_memory_bytes", AUTO, 2**63 - 1),
             ("disk_memory_bytes", 1, 2**63 - 1), ("segment_memory_bytes", AUTO, 2**63 - 1),
+            ("mirror_memory_bytes", AUTO, 2**63 - 1),
             ("reuse_share", 0, 1), ("round_wait", 0, 3600),
             ("draft_tokens", 1, 64), ("threads", 0, 2**10),
         ):  # fmt: skip

@@ -205,6 +205,8 @@ class Engine:
         """End what runs beside the engine. What it has not finished is lost; nothing may be asked of it any more."""
         if self.tiers is not None:
             self.tiers.close()
+        if self.rounds is not None:
+            self.rounds.close()
 
     def check(self) -> None:
         """Raise AssertionError unless queues, states and KV blocks agree."""
@@ -220,7 +222,7 @@ class Engine:
         held = 0
         if self.rounds is not None:
             held = self.rounds.num_held
-            self.rounds.store.check()
+            self.rounds.check()
         assert len(self.waiting) + len(holders) + held == len(self.requests)
 
     # ---- the parts of a step -----------------------------------------------------------------------------
@@ -440,6 +442,8 @@ class Engine:
             self.running.remove(request)
             if self.tiers is not None:
                 self.tiers.write_last(request)
+            if self.rounds is not None and reason is not FinishReason.ERROR:
+                self.rounds.ends(request)
             self.cache.release(request)
         if self.tiers is not None:
             self.tiers.forget(request)

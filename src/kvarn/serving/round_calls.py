@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvarn.serving.conversations import Conversations, Resumption
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.segments import SegmentStore
 from kvarn.serving.request import Request, RequestState
@@ -57,9 +58,17 @@ class _Group:
     """By key, those of the chain before each."""
     sink: int = 0
     """Leading tokens of a prompt that segments are encoded behind."""
+    resumed: dict[int, Resumption] = field(default_factory=dict)
+    """Of members that go on with what another request left; their `segments` stand behind that."""
     resolved: bool = False
     waits_for: Request | None = None
     """In mode "serial", whoever has to get his first token before the next one is looked at."""
+
+    def segments_of(self, request: Request) -> list[StoredSegment]:
+        """All that a member reads."""
+        resumption = self.resumed.get(id(request))
+        old = [] if resumption is None else [each.segment for each in resumption.placed]
+        return old + [segment for _, segment in self.segments.get(id(request), [])]
 
     @property
     def is_blocked(self) -> bool:
@@ -81,8 +90,17 @@ class Progress:
 class RoundCalls:
     """Of one engine; None there where nothing but prefixes is reused."""
 
-    def __init__(self, cache: KVCache, store: SegmentStore, executor: SegmentExecutor, settings: ReuseSettings) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        store: SegmentStore,
+        executor: SegmentExecutor,
+        settings: ReuseSettings,
+        kept: Conversations | None = None,
+    ) -> None:
+        """`kept`: where what requests leave is kept; None where it is not."""
         self.cache = cache
+        self.kept = kept
         self.store = store
         self.executor = executor
         self.settings = settings
@@ -102,7 +120,7 @@ class RoundCalls:
             agent = request.round.agent or request.id
             self._barrier.join(request, request.tenant, request.round, agent, now)
             return True
-        if any(part.kind == "shared" for part in request.segments):
+        if any(part.kind == "shared" for part in request.segments) or (request.segments and self.kept is not None):
             self._groups.append(_Group(Gathered(("", request.id), [request], now), [request]))
             return True
         return False
@@ -116,8 +134,15 @@ class RoundCalls:
                 return True
         return self._barrier.leave(request)
 
+    def ends(self, request: Request) -> None:
+        """A request that has run is about to give its blocks back."""
+        if self.kept is not None:
+            self.kept.keep(request)
+
     def ended(self, request: Request) -> None:
         """A request has ended: what it read may go."""
+        if self.kept is not None:
+            self.kept.let_go(request)
         if request.layout is not None:
             for each in request.layout.placed:
                 self.store.unpin(each.segment)
@@ -125,12 +150,25 @@ class RoundCalls:
 
     def admitted(self, request: Request) -> bool:
         """A request has got its first blocks; False when there are none for the segments that it copies."""
+        if self.kept is not None and not self.kept.write_back(request):
+            return False
         if request.layout is None or not request.layout.needs_copying:
             return True
         if not self.cache.grow(request, request.prompt_length):
             return False
         self.executor.copy_in(request)
         return True
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self.kept is not None:
+            self.kept.close()
+
+    def check(self) -> None:
+        """Raise AssertionError unless the books are right."""
+        self.store.check()
+        if self.kept is not None:
+            self.kept.check()
 
     @property
     def num_held(self) -> int:
@@ -154,6 +192,10 @@ class RoundCalls:
             selection_passes=counters.selection_passes,
             segment_tokens_held=store.num_tokens,
             segment_bytes=store.used_blocks * self.executor.block_bytes,
+            mirror_bytes=0 if self.kept is None else self.kept.mirrors.used_bytes,
+            dense_bytes=0 if self.kept is None else self.kept.dense_bytes,
+            resumed_requests=0 if self.kept is None else self.kept.resumed_requests,
+            resumed_tokens=0 if self.kept is None else self.kept.resumed_tokens,
         )
 
     def recent(self, limit: int) -> list[RoundReport]:
@@ -187,7 +229,7 @@ class RoundCalls:
     def relieve(self, waiting: Sequence[Request]) -> bool:
         """Nothing runs and nobody can begin: those who come last do without segments. Whether that makes room."""
         for group in reversed(self._groups):
-            holding = [request for request in group.members if group.segments.get(id(request))]
+            holding = [request for request in group.members if group.segments_of(request)]
             for request in holding:
                 self._let_go(group, request)
                 group.segments[id(request)] = []
@@ -227,11 +269,12 @@ class RoundCalls:
         for request in group.members:
             hit = self.cache.lookup(request).tokens
             exact = max(hit, common if len(group.members) > 1 else 0)
+            begin = max(self._resume(group, request, exact), behind)
             exact += self.cache.block_size  # less than a block beyond a prefix is soon computed
             spans[id(request)] = [
                 span
                 for span in spans_of(request.segments)
-                if span.end >= exact and span.start >= behind and span.length >= self.settings.shortest
+                if span.end >= exact and span.start >= begin and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
         joint = self._is_joint(group, spans)
         group.sink = self.settings.sink_tokens
@@ -277,14 +320,25 @@ class RoundCalls:
             self._contexts.popitem(last=False)
         return segment
 
+    def _resume(self, group: _Group, request: Request, exact: int) -> int:
+        """Let a member go on with what is kept of its conversation, if that is more than `exact` tokens; its tokens."""
+        found = None if self.kept is None else self.kept.find(request, exact)
+        if self.kept is None or found is None:
+            return 0
+        resumption = self.kept.resume(request, found)
+        if resumption is None:
+            return 0
+        group.resumed[id(request)] = resumption
+        group.before.update(resumption.before)
+        return len(found.tokens)
+
     def _missing(self, group: _Group, members: Sequence[Request]) -> list[StoredSegment]:
         """Segments without what the members need of them."""
-        used = {segment.key: segment for request in members for _, segment in group.segments[id(request)]}
+        used = {segment.key: segment for request in members for segment in group.segments_of(request)}
         incomplete = any(not segment.is_encoded for segment in used.values())
         placed = incomplete or not self.settings.is_dense
-        order = {id(segment): i for i, segment in enumerate(group.chain)}  # each sees those before it
-        segments = sorted(used.values(), key=lambda segment: order.get(id(segment), len(order)))
-        return [each for each in segments if not each.is_encoded or (placed and not each.blocks)]
+        missing = [each for each in used.values() if not each.is_encoded or (placed and not each.blocks)]
+        return sorted(missing, key=lambda each: len(each.before))  # what others are encoded behind comes first
 
     def _encode(self, group: _Group, missing: Sequence[StoredSegment], budget: int) -> int:
         """Bring segments to the device, computing at most `budget` tokens; what that took of the budget."""
@@ -320,7 +374,7 @@ class RoundCalls:
 
     def _release(self, group: _Group, members: Sequence[Request], now: float) -> None:
         """Choose what is computed anew, and give each member its layout."""
-        sharing = [request for request in members if group.segments[id(request)]]
+        sharing = [request for request in members if group.segments_of(request)]
         if self.settings.whole_blocks:
             choice = self._choose_blocks(group, sharing)
             placed = {
@@ -332,9 +386,11 @@ class RoundCalls:
         else:
             placed = self._choose_tokens(group, sharing)
         for request in sharing:
-            layout = lay_out(
-                request.prompt_length, placed[id(request)], self.cache.block_size, dense=self.settings.is_dense
-            )
+            resumption = group.resumed.get(id(request))
+            parts = [*(resumption.placed if resumption is not None else ()), *placed[id(request)]]
+            layout = lay_out(request.prompt_length, parts, self.cache.block_size, dense=self.settings.is_dense)
+            if self.kept is not None:
+                layout = replace(layout, resumed=self.kept.own_tokens(request))
             if layout.reused:  # else it is computed like any other, and exact
                 for each in layout.placed:
                     self.store.pin(each.segment)
@@ -424,8 +480,10 @@ class RoundCalls:
 
     def _let_go(self, group: _Group, request: Request) -> None:
         """The group's hold on a member's segments."""
-        for _, segment in group.segments.pop(id(request), []):
+        for segment in group.segments_of(request):
             self.store.unpin(segment)
+        group.segments.pop(id(request), None)
+        group.resumed.pop(id(request), None)
 
 
 @dataclass(slots=True)

@@ -38,6 +38,10 @@ class RoundFacts(msgspec.Struct, frozen=True, array_like=True):
     """What is kept of requests that ended, as it is stored."""
     dense_bytes: int = 0
     """What the same would take in full."""
+    resumed_requests: int = 0
+    """Requests that went on where one stopped that had ended."""
+    resumed_tokens: int = 0
+    """Tokens with KV of their own that these need not compute."""
 
 
 class RoundReport(msgspec.Struct, frozen=True, array_like=True):

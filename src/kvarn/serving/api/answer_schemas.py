@@ -397,6 +397,10 @@ class RoundTotals(BaseModel):
     """KV kept of requests that ended, as it is stored."""
     dense_bytes: int
     """What the same would take in full."""
+    resumed_requests: int
+    """Requests that went on where one stopped that had ended."""
+    resumed_tokens: int
+    """Tokens with KV of their own that these need not compute."""
 
 
 class RoundList(BaseModel):

@@ -17,6 +17,8 @@ _TOTALS: Final = (
     ("reused_tokens", "kvarn_segment_reused_tokens", "Prompt tokens whose KV was that of shared segments."),
     ("refreshed_tokens", "kvarn_segment_refreshed_tokens", "Tokens of segments computed anew where they stand."),
     ("selection_passes", "kvarn_segment_selection_passes", "Passes that found the tokens to compute anew."),
+    ("resumed_requests", "kvarn_resumed_requests", "Requests that went on where one stopped that had ended."),
+    ("resumed_tokens", "kvarn_resumed_tokens", "Tokens with KV of their own that these need not compute."),
 )
 _NOW: Final = (
     ("waiting_members", "kvarn_round_waiting_members", "Requests that wait for their round, or for its segments."),

@@ -174,6 +174,29 @@ class TorchSegments:
             [own[copy.own] for copy in copies],
         )
 
+    @torch.inference_mode()
+    def read(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        pages = self.kv.pages
+        return _bytes(pages[self._tensor(blocks)].cpu(), pages.shape[1:4], self.block_size)
+
+    @torch.inference_mode()
+    def write(self, request: Request, first: int, blocks: NDArray[np.uint8]) -> None:
+        pages, layout, own = self.kv.pages, request.layout, request.blocks
+        assert layout is not None
+        content = torch.from_numpy(blocks).reshape(len(blocks), *pages.shape[1:-1], -1).view(pages.dtype)
+        pages[self._tensor(own[first : first + len(blocks)])] = content.to(pages.device)
+        slots = np.arange(first * self.block_size, layout.resumed)
+        places = self._tensor(_slots(own, slots, self.block_size))
+        self.kv.slot_positions.view(-1)[places] = self._tensor(layout.order[slots]).int()
+
+    def read_segment(self, segment: StoredSegment) -> NDArray[np.uint8] | None:
+        if self.memory.dtype != self.kv.pages.dtype:
+            return None
+        return _bytes(self.memory[segment.canonical], self.memory.shape[1:4], self.block_size)
+
+    def write_segment(self, segment: StoredSegment, blocks: NDArray[np.uint8]) -> None:
+        self.memory[segment.canonical] = torch.from_numpy(blocks).view(self.memory.dtype)
+
     def _restore(self, sources: list[int], starts: list[int], targets: list[int]) -> None:
         memory = self.memory
         if self._device.type != "cpu":  # only what is used crosses the link
@@ -211,6 +234,12 @@ class TorchSegments:
 
     def _tensor(self, values: Sequence[int] | NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._device)
+
+
+def _bytes(pages: torch.Tensor, shape: Sequence[int], block_size: int) -> NDArray[np.uint8]:
+    """[n, L, 2, Hkv, B, bytes] of pages of any type."""
+    content: NDArray[np.uint8] = pages.view(torch.uint8).reshape(len(pages), *shape, block_size, -1).numpy()
+    return content
 
 
 def _slots(blocks: Sequence[int], places: NDArray[np.int64] | NDArray[np.int32], block_size: int) -> NDArray[np.int64]:

@@ -55,6 +55,19 @@ class SimulatedSegments:
         assert request.layout is not None
         self._move(len(request.layout.copies))
 
+    def read(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        self._move(len(blocks))
+        return _no_content(len(blocks))
+
+    def write(self, request: Request, first: int, blocks: NDArray[np.uint8]) -> None:
+        self._move(len(blocks))
+
+    def read_segment(self, segment: StoredSegment) -> NDArray[np.uint8] | None:
+        return _no_content(len(segment.canonical))
+
+    def write_segment(self, segment: StoredSegment, blocks: NDArray[np.uint8]) -> None:
+        pass
+
     def _compute(self, rows: Sequence[tuple[int, int]], share: float = 1.0) -> None:
         fixed = self.roofline.accelerator.step_seconds
         whole = self.roofline.seconds(0, 0, rows, 0)
@@ -66,6 +79,11 @@ class SimulatedSegments:
 
 _PROJECTION = 0.25
 """Queries, keys and values of the layer looked at, of the work of a layer."""
+
+
+def _no_content(blocks: int) -> NDArray[np.uint8]:
+    """A byte for each."""
+    return np.zeros((blocks, 1, 1, 1, 1, 1), dtype=np.uint8)
 
 
 def _deviation(segment: StoredSegment) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ class PrefixHit:
     """What the cache already holds of a waiting request."""
 
     tokens: int
-    """Those of shared segments included."""
+    """Those of shared segments, and those kept of a request that this one continues, included."""
     blocks: int
     """Of its own block table, with its leading tokens."""
     idle_blocks: int
@@ -58,8 +58,7 @@ class KVCache:
         """How much of a waiting request is cached, without taking it."""
         entries = self._match(request)
         idle = sum(self.pool.references(entry.block) == 0 for entry in entries)
-        reused = 0 if request.layout is None else request.layout.reused
-        return PrefixHit(len(entries) * self.block_size + reused, len(entries), idle)
+        return PrefixHit(self._cached_tokens(request, len(entries)), len(entries), idle)
 
     def prefix_blocks(self, request: Request, tokens: int) -> list[int]:
         """Device blocks with the KV of the first `tokens` tokens of a waiting request, as far as it is cached."""
@@ -173,6 +172,11 @@ class KVCache:
         assert references == held, "block tables and reference counts disagree"
         cached = sum(1 for block in range(self.pool.num_blocks) if held[block] == 0 and self.keeps(block))
         assert cached == self.pool.num_cached, "cached blocks and the index disagree"
+
+    def _cached_tokens(self, request: Request, blocks: int) -> int:
+        """Tokens with KV when so many blocks of the prefix are there."""
+        layout, tokens = request.layout, blocks * self.block_size
+        return tokens if layout is None else max(tokens, layout.resumed) + layout.reused
 
     def _match(self, request: Request) -> list[PrefixEntry]:
         if not self.share_prefixes:

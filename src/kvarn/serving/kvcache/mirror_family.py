@@ -13,7 +13,7 @@ Source: master and mirrors after TokenDance (arXiv:2604.03143, section 4.3), wit
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,8 @@ class MemberCache:
     """[n, L, 2, Hkv, B, D] of any dtype of the right width: bytes count, values do not."""
     facts: bytes = b""
     """The caller's: tokens, positions, how the keys are rotated."""
+    inherited: tuple[BlockKey, ...] = ()
+    """Blocks that it has as the family's master has them, and that are not given again: they stand before `keys`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,25 @@ def materialised(family: Family, member: str) -> Dense:
     return Dense(mirror.keys, blocks, checksums, mirror.facts)
 
 
+def blocks_of(family: Family, member: str, keys: Sequence[BlockKey]) -> Array | None:
+    """[n, L, 2, Hkv, B, D]: a member's blocks of these keys; None where it has not all. KeyError without the member."""
+    dense = family.dense
+    mirror = None if member == family.master else family.mirrors[member]
+    place = {key: i for i, key in enumerate(dense.keys if mirror is None else mirror.keys)}
+    if not all(key in place for key in keys):
+        return None
+    places = [place[key] for key in keys]
+    if mirror is None:
+        found: Array = dense.blocks[places]
+        return found
+    blocks = np.empty((len(places), *dense.blocks.shape[1:]), dtype=dense.blocks.dtype)
+    for layer, sources in enumerate(mirror.sources[:, places]):
+        shared, own = sources >= 0, sources < 0
+        blocks[shared, layer] = dense.blocks[sources[shared], layer]
+        blocks[own, layer] = mirror.patches[~sources[own]]
+    return blocks
+
+
 def is_intact(family: Family, member: str) -> bool:
     """Whether every byte that a member's cache is made of is as it was stored."""
     dense = family.dense
@@ -162,11 +183,21 @@ def is_intact(family: Family, member: str) -> bool:
     )
 
 
-def with_member(family: Family | None, member: str, cache: Dense) -> Family:
-    """The family and one member more, which it has not yet: its master if there is no family."""
+def with_member(family: Family | None, member: str, cache: Dense, inherited: tuple[BlockKey, ...] = ()) -> Family:
+    """The family and one member more, which it has not yet: its master if there is no family.
+
+    ValueError when the master has not what is inherited.
+    """
+    if not set(inherited) <= (set(family.dense.keys) if family is not None else set()):
+        raise ValueError("blocks are inherited that the family's master has not")
     if family is None:
         return Family(member, cache, {})
     mirror = mirror_of(family.dense, cache, family.version)
+    if inherited:
+        place = {key: i for i, key in enumerate(family.dense.keys)}
+        shared = np.array([place[key] for key in inherited], dtype=np.int32)
+        sources = np.concatenate([np.repeat(shared[None], len(mirror.sources), axis=0), mirror.sources], axis=1)
+        mirror = replace(mirror, keys=inherited + mirror.keys, sources=sources)
     return replace(family, mirrors={**family.mirrors, member: mirror})
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from kvarn.serving.kvcache.mirror_family import (
     Family,
     Indices,
     MemberCache,
+    blocks_of,
     dense_of,
     family_of,
     is_intact,
@@ -91,22 +92,24 @@ class MirrorStore:
 
         ValueError when the family is there already, or blocks are not what they should be or not of one shape.
         """
-        if family in self._families or not members:
-            raise ValueError(f"family {family!r} is stored already or empty: add members one by one, or drop it first")
+        if family in self._families or not members or any(cache.inherited for cache in members.values()):
+            raise ValueError(
+                f"family {family!r} is stored already or empty, or members inherit: add them one by one, or drop it"
+            )
         return self._put(family, family_of({name: dense_of(cache) for name, cache in members.items()}))
 
     def add(self, family: str, member: str, cache: MemberCache) -> FamilyReport | None:
         """Store what a member leaves that comes late, or again: the newer takes the place of the older.
 
         A family that is not there begins with it. None when there is no room: the family is as it was. ValueError when
-        its blocks do not fit the family's, or for a member that is pinned.
+        its blocks do not fit the family's, for inherited ones that its master has not, or for a member that is pinned.
         """
         dense = dense_of(cache)
         before = self._families.get(family)
         if before is not None and member in before.members:
             self._check_unpinned(family, member)
             before = without_member(before, member)
-        return self._put(family, with_member(before, member, dense))
+        return self._put(family, with_member(before, member, dense, cache.inherited))
 
     # ---- out ---------------------------------------------------------------------------------------------
 
@@ -133,6 +136,25 @@ class MirrorStore:
             return None
         dense = materialised(found, member)
         return MemberCache(dense.keys, dense.blocks, dense.facts)
+
+    def blocks(self, family: str, member: str, keys: Sequence[BlockKey]) -> Array | None:
+        """[n, L, 2, Hkv, B, D]: a member's blocks of these keys, unverified; None when it or one of them is missing."""
+        found = self._found(family, member, verify=False)
+        return None if found is None else blocks_of(found, member, keys)
+
+    def __contains__(self, member: tuple[str, str]) -> bool:
+        """Whether a member is there, given as family and member."""
+        return member in self._uses
+
+    def members_of(self, family: str) -> tuple[str, ...]:
+        """The master first; none when the family is not there."""
+        found = self._families.get(family)
+        return () if found is None else found.members
+
+    def keys(self, family: str, member: str) -> tuple[BlockKey, ...]:
+        """Of a member's blocks. KeyError when it is not there."""
+        found = self._families[family]
+        return found.dense.keys if member == found.master else found.mirrors[member].keys
 
     def members(self) -> Iterator[tuple[str, str]]:
         """All of them, as family and member."""

@@ -167,6 +167,8 @@ class Tiers:
     def loadable_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that all tiers hold together."""
         hit = self.cache.lookup(request)
+        if request.layout is not None and request.layout.resumed:
+            return hit.tokens  # all of its prefix comes with what is kept for it
         return hit.tokens + sum(map(_tokens_in, self._match(request, hit.blocks)))
 
     def places(self, request: Request) -> KVPlaces:

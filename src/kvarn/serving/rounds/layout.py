@@ -93,6 +93,8 @@ class Layout:
     views: tuple[View, ...]
     copies: tuple[CopiedBlock, ...]
     placed: tuple[Placed, ...]
+    resumed: int = 0
+    """Leading tokens of those in its own blocks whose KV is kept from a request that this one continues."""
 
     @property
     def reused(self) -> int:

@@ -64,3 +64,19 @@ class SegmentExecutor(Protocol):
     def copy_in(self, request: Request) -> None:
         """Fill the request's own blocks with the segments that its layout copies."""
         ...
+
+    def read(self, blocks: Sequence[int]) -> NDArray[np.uint8]:
+        """[n, L, 2, Hkv, B, bytes]: what device blocks hold, byte by byte, whatever the type of KV."""
+        ...
+
+    def write(self, request: Request, first: int, blocks: NDArray[np.uint8]) -> None:
+        """Fill the request's own blocks from number `first` on with what was read."""
+        ...
+
+    def read_segment(self, segment: StoredSegment) -> NDArray[np.uint8] | None:
+        """An encoded segment's blocks of the segment memory; None where they have another form than device blocks."""
+        ...
+
+    def write_segment(self, segment: StoredSegment, blocks: NDArray[np.uint8]) -> None:
+        """Fill a segment's blocks of the segment memory with what was read."""
+        ...
