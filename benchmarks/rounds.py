@@ -15,6 +15,7 @@ Arms, each the engine with one thing changed, in turn within every repeat:
     collective            the same, and all read the shared blocks in place
     lego                  the first block of each segment, without looking, read in place
 
+*plain*: requests without rounds, with the feature on and off.
 *capacity*: the most agents whose rounds, to the last answer's end, take `--slo` seconds or less in the median.
 
 What is computed anew: `--share` of the shared tokens in the first arms, `--joint-share` in the last three but lego;
@@ -156,6 +157,25 @@ def capacity(arm: Arm, arguments: argparse.Namespace) -> int:
     return most_holding(holds, arguments.most)
 
 
+def plain(arms: list[Arm], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Requests without rounds or segments: seconds of each arm, in turns, and whether they say the same."""
+    rng = np.random.default_rng(arguments.seed)
+    vocabulary = arms[0].offline.spec.vocab_size
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    same = True
+    for repeat in range(2 * arguments.repeats + 1):
+        prompts = [rng.integers(100, vocabulary, 128).tolist() for _ in range(16)]
+        texts = []
+        for arm in arms if repeat % 2 else arms[::-1]:
+            started = time.perf_counter()
+            found = arm.offline.generate(prompts, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
+            if repeat:
+                seconds[arm.name].append(time.perf_counter() - started)
+            texts.append([each.token_ids for each in found])
+        same = same and all(each == texts[0] for each in texts)
+    return {"seconds": seconds, "same_tokens": same}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--agents", type=int, nargs="+", default=[2, 4, 8, 10, 16])
@@ -193,6 +213,13 @@ def main() -> None:
                 f"  {name:20} prefill {statistics.median(values['prefill']) * 1e3:8.1f} ms  serial/this {ratio:5.2f}"
                 f"  round {statistics.median(values['round']) * 1e3:8.1f} ms  blocks {values['blocks'][-1]:6.0f}"
             )
+    if {"recompute", "collective"} <= set(arguments.arms):
+        found = plain([arm for arm in arms if arm.name in ("recompute", "collective")], arguments)
+        results.data["engines"]["plain"] = found
+        results.save()
+        taken = found["seconds"]
+        ratio = statistics.median(b / a for a, b in zip(taken["recompute"], taken["collective"], strict=True))
+        print(f"without rounds: {ratio:.3f}x the time, the same tokens: {found['same_tokens']}")
     if arguments.slo:
         for arm in arms:
             results.data["engines"].setdefault("capacity", {})[arm.name] = capacity(arm, arguments)

@@ -22,6 +22,7 @@ def rounds_table(data: dict[str, Any]) -> tables.Rendered:
     """Prefill of a round in ms, ratios within repeats, and the most agents within the limit."""
     conditions, engines = data["conditions"], dict(data["engines"])
     capacity: dict[str, int] = engines.pop("capacity", {})
+    plain: dict[str, Any] = engines.pop("plain", {})
     sizes = [f"{size} agents" for size in engines]
     arms = list(next(iter(engines.values())))
     intro = (
@@ -48,6 +49,11 @@ def rounds_table(data: dict[str, Any]) -> tables.Rendered:
         intro, "", *tables.grid(["arm", *sizes, limit], rows), "",
         "How often faster, by part (medians of ratios within repeats):", "", *tables.grid(["", *sizes], shares),
     ]  # fmt: skip
+    if plain:
+        taken = plain["seconds"]
+        times = median(b / a for a, b in zip(taken["recompute"], taken["collective"], strict=True))
+        said = "the same tokens" if plain["same_tokens"] else "**other tokens**"
+        lines += ["", f"Requests without rounds, with reuse on: {times:.3f} times the time, {said}."]
     bars = {
         size: {arm: median(found[arm]["prefill"]) for arm in arms}
         for size, found in zip(sizes, engines.values(), strict=True)

@@ -88,4 +88,5 @@ def _settings(config: EngineConfig, decoder: Decoder, kv_dtype: torch.dtype, fol
     if certificate is None or not certificate.allowed:
         return None
     settings = certificate.allowed[0].settings(config.round_wait)
-    return replace(settings, share=max(settings.share, config.reuse_share))
+    measured_alone = settings.source == "isolated" or not settings.whole_blocks
+    return replace(settings, share=max(settings.share, config.reuse_share), alone=measured_alone)

@@ -277,6 +277,8 @@ class RoundCalls:
                 if span.end >= exact and span.start >= begin and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
         joint = self._is_joint(group, spans)
+        if not joint and not self.settings.alone:
+            spans = {member: [] for member in spans}
         group.sink = self.settings.sink_tokens
         if joint:  # no member's private beginning is in the others' KV, but for as little as without others
             group.sink = min(self.settings.joint_sink, max(common, group.sink))

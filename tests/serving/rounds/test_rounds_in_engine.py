@@ -10,6 +10,8 @@ import pytest
 from kvarn.errors import RequestError
 from kvarn.serving.engine import Engine
 from kvarn.serving.request import FinishReason, Request
+from kvarn.serving.rounds.hints import RoundHint, Segment
+from kvarn.serving.rounds.settings import ReuseSettings
 from tests.serving.paged_text import continuation, make_engine, make_request, run
 from tests.serving.rounds.societies import KINDS, Kind, Part, in_round, member, private, shared, society, words
 from tests.serving.text_memory import check_index
@@ -311,3 +313,21 @@ def test_a_fault_of_the_device_ends_those_it_was_for(kind: Kind):
             assert request.finish_reason in (FinishReason.LENGTH, FinishReason.ERROR)
             assert texts[request.id] == expected([request])[request.id][: len(texts[request.id])]
         at_rest(engine)
+
+
+def test_what_is_certified_together_is_not_reused_alone():
+    """Members that see different segments are computed exactly where only encoding together is allowed."""
+    said = [list(range(100 * i, 100 * i + 40)) for i in range(1, 4)]
+    for alone in (True, False):
+        engine = make_engine(num_blocks=256, reuse=ReuseSettings(shortest=8, wait=0.0, alone=alone), segment_blocks=64)
+        for i, seen in enumerate(([0, 1], [1, 2])):
+            parts = [[900 + i] * 20, *(said[j] for j in seen), [i + 1]]
+            kinds = ("private", "shared", "shared", "task")
+            request = make_request(
+                f"{i}", [token for part in parts for token in part], 3, round=RoundHint("r", 2, f"{i}"),
+                segments=tuple(Segment(kind, len(part)) for kind, part in zip(kinds, parts, strict=True)),
+            )  # fmt: skip
+            engine.add(request)
+        texts = run(engine)
+        assert engine.rounds.counters.reused_tokens > 0 if alone else engine.rounds.counters.reused_tokens == 0
+        assert len(texts) == 2

@@ -23,6 +23,8 @@ class ReuseSettings:
     source: Literal["joint", "isolated"] = "joint"
     """What a segment is encoded behind: "isolated", the sink alone; "joint", also the segments before it, where all
     members of a round read the same ones."""
+    alone: bool = True
+    """Whether segments that cannot be encoded together are reused too; a certificate for "joint" is not for them."""
     sink_tokens: int = 4
     """Leading tokens of the prompt that a segment is encoded behind: else its own first would get their attention.
     Segments that are encoded alone are shared where these are the same."""
