@@ -1,8 +1,10 @@
-"""Attention of agents that share their context: `python -m benchmarks.shared_attention [--quick] [--threads N]`.
+"""Attention of agents that share their context: `python -m benchmarks.shared_attention [--quick] [--rows 1 136]`.
 
-A decode step of N agents behind 640 shared tokens and 64 tokens of its own: every agent with a copy of what is shared
-(`paged_attention`), or all with views of one (`shared_attention`). What is shared is 10 segments, which each agent has
-in another order, so a view each; or one in one order, as where the outputs of a round are always told in turn.
+N agents, each with 640 shared tokens behind 64 of its own: every agent with a copy of what is shared
+(`paged_attention`), or all with views of one (`shared_attention`). In a decode step each has one row, behind all; in a
+prefill step 136 rows among the shared tokens, as where some of these are computed anew. What is shared is 10 segments,
+which each agent has in another order, so a view each; or one in one order, as where the outputs of a round are always
+told in turn.
 SmolLM2-135M's shape. All of a pool's layers are computed one after another, as a step does, so that the caches do not
 hold them; a figure is the median of a layer's time, the two taken in turn. Prints a JSON object for each row.
 """
@@ -24,13 +26,14 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
 SHARED, OWN = 640, 64
 SEGMENTS = (10, 1)
 AGENTS = (2, 4, 10, 16)
+ROWS = (1, 136)
 POOL_BYTES = 128 * 2**20  # of a copy for every agent: more than caches hold
 
 
 class Round:
-    """`agents` sequences of one row over `layers` layers of a pool."""
+    """`agents` sequences of `count` rows over `layers` layers of a pool."""
 
-    def __init__(self, agents: int, segments: int, dtype: torch.dtype, sharing: bool, layers: int) -> None:
+    def __init__(self, agents: int, segments: int, count: int, dtype: torch.dtype, sharing: bool, layers: int) -> None:
         each = SHARED // segments
         own_blocks, segment_blocks = OWN // BLOCK, each // BLOCK
         copies = 1 if sharing else agents
@@ -53,19 +56,21 @@ class Round:
         within = torch.arange(each, dtype=torch.int32).view(segment_blocks, BLOCK)
         for copy in range(copies):
             positions[held[copy].long()] = places[copy][:, None, None] + within
-        rows = torch.arange(agents, dtype=torch.int32)
+        rows = torch.arange(agents * count, dtype=torch.int32)
         tables = own if sharing else torch.cat([own, held.flatten(1)], dim=1)
-        self.query = torch.randn(agents, HEADS, HEAD_DIM).bfloat16()
-        at = torch.full((agents,), OWN + SHARED, dtype=torch.int32)
-        starts = torch.arange(agents + 1, dtype=torch.int32)
-        self.arguments = [positions, tables, torch.full_like(at, tables.shape[1] * BLOCK), starts, at]
+        self.query = torch.randn(agents * count, HEADS, HEAD_DIM).bfloat16()
+        at = (OWN + SHARED * (torch.arange(count, dtype=torch.int32) + 1) // count).repeat(agents)
+        slots_of_each = torch.full((agents,), tables.shape[1] * BLOCK, dtype=torch.int32)
+        starts = torch.arange(agents + 1, dtype=torch.int32) * count
+        self.arguments = [positions, tables, slots_of_each, starts, at]
         self.attend: Callable[..., torch.Tensor] = ops.shared_attention if sharing else ops.paged_attention
         if sharing:
             angles = torch.outer(torch.arange(OWN + SHARED + 1), 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
             self.arguments += [
                 held[0], torch.full((segments,), each, dtype=torch.int32),
-                torch.arange(segments + 1, dtype=torch.int32) * agents, rows.repeat(segments),
-                (places - places[0]).T.flatten(), torch.cat([angles.cos(), angles.sin()], dim=1),
+                torch.arange(segments + 1, dtype=torch.int32) * len(rows), rows.repeat(segments),
+                (places - places[0]).T.flatten().repeat_interleave(count),
+                torch.cat([angles.cos(), angles.sin()], dim=1),
             ]  # fmt: skip
 
     def layer_seconds(self) -> float:
@@ -77,11 +82,14 @@ class Round:
         return (time.perf_counter() - started) / layers
 
 
-def measure(agents: int, segments: int, dtype: torch.dtype, repeats: int) -> dict[str, float | int | str]:
-    layers = max(1, min(30, POOL_BYTES // (agents * (SHARED + OWN) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize)))
+def measure(agents: int, segments: int, rows: int, dtype: torch.dtype, repeats: int) -> dict[str, float | int | str]:
+    layers = max(
+        1,
+        min(30 if rows == 1 else 5, POOL_BYTES // (agents * (SHARED + OWN) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize)),
+    )
     rounds = {
-        "copies": Round(agents, segments, dtype, False, layers),
-        "views": Round(agents, segments, dtype, True, layers),
+        "copies": Round(agents, segments, rows, dtype, False, layers),
+        "views": Round(agents, segments, rows, dtype, True, layers),
     }
     times: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(repeats + 1):
@@ -89,7 +97,7 @@ def measure(agents: int, segments: int, dtype: torch.dtype, repeats: int) -> dic
             times[name].append(each.layer_seconds())
     median = {name: statistics.median(taken[1:]) * 1e6 for name, taken in times.items()}
     return {
-        "agents": agents, "segments": segments, "cache": str(dtype).removeprefix("torch."),
+        "agents": agents, "segments": segments, "rows": rows, "cache": str(dtype).removeprefix("torch."),
         "copies_us": round(median["copies"], 1),
         "views_us": round(median["views"], 1), "ratio": round(median["copies"] / median["views"], 2),
     }  # fmt: skip
@@ -98,12 +106,15 @@ def measure(agents: int, segments: int, dtype: torch.dtype, repeats: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repeats: says that it runs")
+    parser.add_argument("--agents", type=int, nargs="+", default=AGENTS)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of each agent")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        for dtype, segments, agents in itertools.product((torch.bfloat16, torch.int8), SEGMENTS, AGENTS):
-            print(json.dumps(measure(agents, segments, dtype, 2 if options.quick else 25)), flush=True)
+        shapes = itertools.product((torch.bfloat16, torch.int8), options.rows, SEGMENTS, options.agents)
+        for dtype, rows, segments, agents in shapes:
+            print(json.dumps(measure(agents, segments, rows, dtype, 2 if options.quick else 25)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ TABLE_POSITIONS = 200
 OWN = ("block_tables", "kv_slots", "query_starts")
 
 
-def cos_sin(rotary: int, factor: float = 1.0) -> Tensor:
-    """[TABLE_POSITIONS, rotary]; `factor` is on cosines and sines, as YaRN's is."""
+def cos_sin(rotary: int, factor: float = 1.0, positions: int = TABLE_POSITIONS) -> Tensor:
+    """[positions, rotary]; `factor` is on cosines and sines, as YaRN's is."""
     frequencies = 100.0 ** -(torch.arange(rotary // 2) * 2 / rotary)
-    angles = torch.outer(torch.arange(TABLE_POSITIONS), frequencies)
+    angles = torch.outer(torch.arange(positions), frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1) * factor
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvarn.kernels import ops, reference
 from tests.kernels.paged import PagedCase, Sequence
-from tests.kernels.shared import TABLE_POSITIONS, make_shared_case, shared_cases
+from tests.kernels.shared import TABLE_POSITIONS, cos_sin, make_shared_case, shared_cases
 from tests.kernels.test_paged_attention import INT8_TOLERANCE, TOLERANCE
 
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -33,6 +33,42 @@ def round_case(
         "shifts": torch.cat([20 + each, 30 - 4 * each]),
         "positions": case.tensors["kv_slots"] + 2 * shared_slots,
     }
+    return case
+
+
+def prefill_case(
+    chunks: list[int], segments: int, dtype: torch.dtype = torch.float32, int8: bool = False, *, holes: float = 0.0,
+    left_out: bool = False, each: int = 64, **options: Any,
+) -> PagedCase:  # fmt: skip
+    """Agents with chunks of so many rows, at positions among segments which each has in another order.
+
+    `left_out`: rows are in those views only of which they can see something.
+    """
+    own, agents = 24, len(chunks)
+    case = make_shared_case(
+        [Sequence(own, rows) for rows in chunks], [each] * segments, most_viewers=0, rotary=64, factor=1.0,
+        seed=sum(chunks), dtype=dtype, kv_heads=3, group=3, head_dim=64, block_size=16, holes=holes, permuted=False,
+        fused=True, options=options, int8=int8,
+    )  # fmt: skip
+    t = case.tensors
+    end = own + segments * each
+    t["positions"] = torch.cat([own - 4 + torch.arange(n) * (end - own + 8) // n if n > 1 else torch.tensor([end])
+                                for n in chunks]).int()  # fmt: skip
+    starts = t["query_starts"].tolist()
+    rows, shifts, row_starts = [], [], [0]
+    for view in range(segments):
+        for agent in range(agents):
+            shift = own + (view + agent) % segments * each - 3 * (agent == 1)
+            of_agent = torch.arange(starts[agent], starts[agent + 1])
+            if left_out:
+                of_agent = of_agent[t["positions"][of_agent] >= shift]
+            rows.append(of_agent)
+            shifts.append(torch.full_like(of_agent, shift))
+        row_starts.append(sum(map(len, rows)))
+    t |= {
+        "rows": torch.cat(rows).int(), "shifts": torch.cat(shifts).int(),
+        "row_starts": torch.tensor(row_starts, dtype=torch.int32), "cos_sin": cos_sin(64, positions=600),
+    }  # fmt: skip
     return case
 
 
@@ -116,6 +152,73 @@ def test_views_split_over_threads_equal_reference(
     """Few rows and many (decode's way and prefill's), with views long enough to be cut."""
     for options in ({}, {"window": 900, "softcap": 20.0, "sinks": True}):
         assert_like_reference(round_case(agents, 700, dtype, int8, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_chunks_of_prompts_and_decode_rows_in_views_equal_reference(
+    variant: str, dtype: torch.dtype, int8: bool
+) -> None:
+    """Of chunks that are several tiles, cut in the middle of segments, and of rows too few to be a chunk."""
+    for options in ({}, {"left_out": True, "holes": 0.2}, {"window": 90, "softcap": 20.0, "sinks": True}):
+        assert_like_reference(prefill_case([110, 1, 4, 30, 3, 1], 4, dtype, int8, **options))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_chunks_whose_views_are_split_over_threads_equal_reference(
+    variant: str, three_threads: None, int8: bool
+) -> None:
+    """One chunk alone, where own slots and views are cut into pieces for several tasks."""
+    for options in ({}, {"window": 300, "sinks": True}):
+        for chunks in ([5], [50], [20, 1]):
+            assert_like_reference(prefill_case(chunks, 3, torch.bfloat16, int8, each=170, **options))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_chunks_are_the_same_whether_rows_that_see_nothing_of_a_view_are_in_it(variant: str, int8: bool) -> None:
+    got = [
+        prefill_case([110, 1, 9], 4, torch.bfloat16, int8, left_out=left_out).run(ops.shared_attention)
+        for left_out in (False, True)
+    ]
+    chunks = [*range(110), *range(111, 120)]
+    assert torch.equal(got[0][chunks], got[1][chunks])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_of_a_chunk_that_look_at_different_views_equal_reference(variant: str, int8: bool) -> None:
+    """Another shift for one row, one row missing, one twice: such rows do not go through views together."""
+    for change in ("shift", "missing", "twice", "twice and missing"):
+        case = prefill_case([60, 12], 3, torch.bfloat16, int8)
+        t = case.tensors
+        last = int(t["row_starts"][1]) - 1  # the last row of a chunk, which sees all
+        if change == "shift":
+            t["shifts"][last] -= 7
+        elif change == "missing":
+            t["rows"][last] = 0
+        elif change == "twice":
+            t["rows"][last - 12] = t["rows"][last]
+        else:
+            t["rows"][last - 1] = t["rows"][last]
+        assert_like_reference(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_chunks_without_views_get_the_bits_of_paged_attention(
+    variant: str, three_threads: None, dtype: torch.dtype, int8: bool
+) -> None:
+    """Beside chunks and decode rows that have some; so do rows before everything that is shared."""
+    case = prefill_case([60, 50, 1, 1], 3, dtype, int8)
+    t = case.tensors
+    views = ("view_tables", "view_slots", "row_starts", "rows", "shifts", "cos_sin")
+    plain = PagedCase({n: v for n, v in t.items() if n not in views}, case.scale, case.options)
+    expected = plain.run(ops.paged_attention)
+    t["rows"] = torch.where((t["rows"] >= 60) & (t["rows"] < 111), t["rows"] % 48, t["rows"]).int()
+    got = case.run(ops.shared_attention)
+    assert torch.equal(got[60:111], expected[60:111])
+    assert not torch.isclose(got[111].float(), expected[111].float()).all()
+    t["shifts"].fill_(500)
+    assert torch.equal(case.run(ops.shared_attention), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@
 // is a float, or a pair of bfloat16 where the processor multiplies those (AVX512_BF16), accumulating in float.
 #pragma once
 
+#include "attention_queries.h"
 #include "attention_result.h"
 #include "attention_slots.h"
 #include "kernels.h"
@@ -114,6 +115,7 @@ struct Tiles {
   T* widened;  // rows of keys, then of values, of an int8 cache
   float *scores, *sums, *maxima, *totals, *rescale;
   int32_t* positions;
+  char* turning;  // of TaskQueries
 
   Tiles(const AttentionArgs& args, int64_t row_count, int64_t kv_heads, char* memory) {
     rows = row_count * args.group;
@@ -135,6 +137,7 @@ struct Tiles {
     take(totals, all_rows);
     take(rescale, rows);
     take(positions, rows);
+    take(turning, TaskQueries<T>::bytes(args));
     weights = reinterpret_cast<Scalar*>(scores);  // a row's weights replace its scores
     bytes = p - memory;
   }
@@ -142,23 +145,16 @@ struct Tiles {
 };
 
 template <class T, class K>
-static void load_queries(const AttentionArgs& args, const AttentionTask& task, Tiles<T, K>& t) {
+static void load_queries(const TaskQueries<T>& queries, Tiles<T, K>& t) {
   using Tile = typename TileOf<T>::type;
-  const T* base = static_cast<const T*>(args.query) + task.head_begin * args.group * args.query_head_stride;
-  for (int64_t r = 0; r < t.all_rows; ++r) {
-    int64_t row = task.row_begin + r % t.rows / args.group;
-    int64_t head = r / t.rows * args.group + r % args.group;
-    const T* from = base + row * args.query_row_stride + head * args.query_head_stride;
+  queries.each([&](int64_t r, const T* from) {
     auto* to = reinterpret_cast<float*>(t.queries + r * t.depth);
     for (int64_t d = 0; d < t.depth; d += kLanes) {
       int64_t count = smaller(kLanes, t.depth - d);
       store(to + d, (Floats)load_scalars<Tile>(from + d * Tile::kPerScalar, count), count);
     }
-    if (r < t.rows) t.positions[r] = args.positions[row];
-    t.maxima[r] = -kInfinity;
-    t.totals[r] = 0.f;
-  }
-  memset(t.sums, 0, t.all_rows * t.width * sizeof(float));
+  });
+  for (int64_t r = 0; r < t.rows; ++r) t.positions[r] = queries.position(r);
 }
 
 // The keys and values of a chunk of an int8 cache, as rows of T.
@@ -287,17 +283,15 @@ static void softmax_row(const AttentionArgs& args, const Chunk<K>& chunk, int64_
   running_maximum = after;
 }
 
+// Goes through the slots that `walk` is at.
 template <class T, class K>
-static void blocked_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+static void attend(const AttentionArgs& args, SlotWalk<K>& walk, Tiles<T, K>& t) {
   using Tile = typename TileOf<T>::type;
-  Tiles<T, K> t(args, task.row_count, task.head_count, scratch);
-  load_queries(args, task, t);
   int32_t first = INT32_MAX, last = -1;
   for (int64_t r = 0; r < t.rows; ++r) {
     first = t.positions[r] < first ? t.positions[r] : first;
     last = t.positions[r] > last ? t.positions[r] : last;
   }
-  SlotWalk<K> walk(args, task);
   Chunk<K> chunk;
   const T* widened[kChunk];
   if constexpr (!std::is_same_v<T, K>)
@@ -326,6 +320,26 @@ static void blocked_task(const AttentionArgs& args, const AttentionTask& task, c
                      round_up(args.head_dim, kLanes), t.sums + head_row * t.width, t.width, t.rescale);
       chunk.move_to_next_head(columns, args.head_stride);
     }
+  }
+}
+
+template <class T, class K>
+static void blocked_task(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
+  Tiles<T, K> t(args, task.row_count, task.head_count, scratch);
+  for (int64_t r = 0; r < t.all_rows; ++r) {
+    t.maxima[r] = -kInfinity;
+    t.totals[r] = 0.f;
+  }
+  memset(t.sums, 0, t.all_rows * t.width * sizeof(float));
+  TaskQueries<T> queries(args, task, t.turning);
+  SlotWalk<K> walk(args, task);
+  load_queries(queries, t);
+  attend(args, walk, t);
+  for (int64_t i = 0; i < task.view_count; ++i) {
+    queries.turn_back(task.views[i]);
+    walk.enter(task.views[i]);
+    load_queries(queries, t);
+    attend(args, walk, t);
   }
   finish<T>(args, task, t.all_rows, t.sums, t.width, t.maxima, t.totals);
 }

@@ -13,6 +13,7 @@
 
 #if defined(__AVX512VNNI__)
 
+#include "attention_queries.h"
 #include "attention_result.h"
 #include "attention_slots.h"
 #include "decode_products.h"
@@ -26,11 +27,13 @@ constexpr float kLog2Of255 = 7.99435344f;
 
 // All buffers of one task, cut out of one piece of memory. Rows are those of a kv head (times group), all kv heads one
 // after another; behind the last one there is room to read kRowsAtOnce - 1 more.
+template <class T>
 struct Int8Buffers {
   int64_t rows, all_rows, words, width;  // words: of four bytes in a row; width: floats in a padded row of output
   uint32_t *queries, *keys, *values;     // keys [words][kChunk], values [kChunk / 4][width]
   float *factors, *sums, *maxima, *totals;
   int32_t *offsets, *positions;
+  char* turning;  // of TaskQueries
   int64_t bytes;
 
   Int8Buffers(const AttentionArgs& args, int64_t row_count, int64_t kv_heads, char* memory) {
@@ -53,6 +56,7 @@ struct Int8Buffers {
     take(totals, all_rows + more);
     take(offsets, all_rows + more);
     take(positions, rows + more);
+    take(turning, TaskQueries<T>::bytes(args));
     bytes = p - memory;
   }
 };
@@ -92,22 +96,29 @@ class Int8Task {
  public:
   Int8Task(const AttentionArgs& args, const AttentionTask& task, char* scratch)
       : args_(args), task_(task), b_(args, task.row_count, task.head_count, scratch) {
-    load_queries();
+    constexpr int64_t more = kRowsAtOnce - 1;
+    for (int64_t r = 0; r < b_.all_rows; ++r) {
+      b_.maxima[r] = -kInfinity;
+      b_.totals[r] = 0.f;
+    }
+    for (int64_t r = b_.all_rows; r < b_.all_rows + more; ++r) {
+      b_.factors[r] = b_.maxima[r] = b_.totals[r] = 0.f;
+      b_.offsets[r] = 0;
+    }
+    memset(b_.queries + b_.all_rows * b_.words, 0, more * b_.words * sizeof(uint32_t));
+    memset(b_.sums, 0, b_.all_rows * b_.width * sizeof(float));
   }
 
   void run() {
+    TaskQueries<T> queries(args_, task_, b_.turning);
     SlotWalk<int8_t> walk(args_, task_);
-    while (walk.fill(chunk_)) {
-      columns_ = chunk_.pad();
-      find_lowest();
-      for (int64_t head = 0; head < task_.head_count; ++head) {
-        load_scales();
-        pack_keys();
-        pack_values();
-        for (int64_t r = 0; r < b_.rows; r += kRowsAtOnce) attend(head * b_.rows + r, r);
-        add_values();
-        chunk_.move_to_next_head(columns_, args_.head_stride);
-      }
+    load_queries(queries);
+    attend(walk);
+    for (int64_t i = 0; i < task_.view_count; ++i) {
+      queries.turn_back(task_.views[i]);
+      walk.enter(task_.views[i]);
+      load_queries(queries);
+      attend(walk);
     }
     for (int64_t r = 0; r < b_.all_rows; ++r) Values::put_in_order(b_.sums + r * b_.width, b_.width);
     finish<T>(args_, task_, b_.all_rows, b_.sums, b_.width, b_.maxima, b_.totals);
@@ -117,7 +128,7 @@ class Int8Task {
   using Values = ValueProduct<T, int8_t>;
   const AttentionArgs& args_;
   const AttentionTask& task_;
-  const Int8Buffers b_;
+  const Int8Buffers<T> b_;
   Chunk<int8_t> chunk_;
   int64_t columns_;
   int32_t lowest_[kChunkVectors];  // position in each vector of slots
@@ -131,27 +142,31 @@ class Int8Task {
     int64_t row, count, vectors = 0;
   } weighed_;
 
-  void load_queries() {
+  // Goes through the slots that `walk` is at.
+  void attend(SlotWalk<int8_t>& walk) {
+    while (walk.fill(chunk_)) {
+      columns_ = chunk_.pad();
+      find_lowest();
+      for (int64_t head = 0; head < task_.head_count; ++head) {
+        load_scales();
+        pack_keys();
+        pack_values();
+        for (int64_t r = 0; r < b_.rows; r += kRowsAtOnce) attend(head * b_.rows + r, r);
+        add_values();
+        chunk_.move_to_next_head(columns_, args_.head_stride);
+      }
+    }
+  }
+
+  void load_queries(const TaskQueries<T>& queries) {
     const bool capped = args_.softcap > 0.f;
     const float factor = capped ? args_.scale / args_.softcap : args_.scale * kLog2e;
-    for (int64_t r = 0; r < b_.all_rows; ++r) {
-      const int64_t row = task_.row_begin + r % b_.rows / args_.group;
-      const int64_t head = (task_.head_begin + r / b_.rows) * args_.group + r % args_.group;
-      const T* from =
-          static_cast<const T*>(args_.query) + row * args_.query_row_stride + head * args_.query_head_stride;
+    queries.each([&](int64_t r, const T* from) {
       b_.factors[r] =
           factor * KeyProduct<T, int8_t>::prepare(from, args_.head_dim, b_.queries + r * b_.words, b_.offsets[r]);
-      b_.maxima[r] = -kInfinity;
-      b_.totals[r] = 0.f;
-      if (r < b_.rows) b_.positions[r] = args_.positions[row];
-    }
-    for (int64_t i = 0; i < kRowsAtOnce - 1; ++i) {
-      b_.positions[b_.rows + i] = b_.positions[b_.rows - 1];
-      b_.factors[b_.all_rows + i] = b_.maxima[b_.all_rows + i] = b_.totals[b_.all_rows + i] = 0.f;
-      b_.offsets[b_.all_rows + i] = 0;
-    }
-    memset(b_.queries + b_.all_rows * b_.words, 0, (kRowsAtOnce - 1) * b_.words * sizeof(uint32_t));
-    memset(b_.sums, 0, b_.all_rows * b_.width * sizeof(float));
+    });
+    for (int64_t r = 0; r < b_.rows; ++r) b_.positions[r] = queries.position(r);
+    for (int64_t i = 0; i < kRowsAtOnce - 1; ++i) b_.positions[b_.rows + i] = b_.positions[b_.rows - 1];
   }
 
   void find_lowest() {

@@ -14,7 +14,11 @@ constexpr int64_t kShortestSplit = 128;  // slots; below, merging costs more tha
 
 struct Tile {
   AttentionTask task;
-  int64_t work, splits;
+  int64_t work, splits;             // work: without that of views
+  std::vector<ViewedSlots> views;
+  int64_t view_work = 0;
+
+  int64_t share() const { return (work + view_work) / splits; }
 };
 
 int64_t partial_floats(const AttentionArgs& args, const AttentionTask& task) {
@@ -23,7 +27,7 @@ int64_t partial_floats(const AttentionArgs& args, const AttentionTask& task) {
 
 // Tiles of rows, each with all its sequence's slots.
 std::vector<Tile> cut_rows(const AttentionArgs& args, const int32_t* query_starts, const int32_t* kv_slots,
-                           int64_t sequences, int64_t threads) {
+                           int64_t sequences, int64_t threads, const ViewsOfTile& views_of_tile) {
   const int64_t tile_rows = std::max<int64_t>(1, kTileRows / args.group);
   int64_t count = 0;
   for (int64_t s = 0; s < sequences; ++s) count += (query_starts[s + 1] - query_starts[s] + tile_rows - 1) / tile_rows;
@@ -40,33 +44,69 @@ std::vector<Tile> cut_rows(const AttentionArgs& args, const int32_t* query_start
       const int32_t highest = *std::max_element(args.positions + row, args.positions + row + rows);
       int64_t seen = std::clamp<int64_t>((int64_t)highest + 1, 1, std::max(1, kv_slots[s]));
       if (args.window > 0) seen = std::min(seen, args.window + rows);
-      const int64_t work = 2 * rows * args.group * heads * seen * args.head_dim;
+      const int64_t of_slot = 2 * rows * args.group * heads * args.head_dim;
+      const std::vector<ViewedSlots> views = views_of_tile ? views_of_tile(s, row, rows) : std::vector<ViewedSlots>{};
+      int64_t viewed = 0;
+      for (const ViewedSlots& view : views) viewed += view.slot_end;
       for (int64_t head = 0; head < args.kv_heads; head += heads)
-        tiles.push_back({{s, head, heads, row, rows, 0, kv_slots[s], nullptr}, work, 1});
+        tiles.push_back({{s, head, heads, row, rows, 0, kv_slots[s], nullptr, nullptr, 0}, of_slot * seen, 1, views,
+                         of_slot * viewed});
     }
   }
   return tiles;
 }
 
 // Splits the slots of tiles too large for their share, at block borders.
-void split_slots(const AttentionArgs& args, std::vector<Tile>& tiles, int64_t work, int64_t threads) {
-  const int64_t share = work / (threads * kTasksPerThread) + 1;
-  for (Tile& tile : tiles) {
-    const int64_t most = tile.task.slot_end / std::max(kShortestSplit, args.block_size);
-    tile.splits = std::clamp<int64_t>((tile.work + share - 1) / share, 1, std::max<int64_t>(1, most));
+void split_slots(const AttentionArgs& args, std::vector<Tile>& tiles, int64_t threads) {
+  int64_t work = 0, view_work = 0;
+  for (const Tile& tile : tiles) {
+    work += tile.work;
+    view_work += tile.view_work;
   }
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const Tile& a, const Tile& b) { return a.work / a.splits > b.work / b.splits; });
+  for (Tile& tile : tiles) {
+    const int64_t share = (tile.views.empty() ? work : work + view_work) / (threads * kTasksPerThread) + 1;
+    int64_t slots = tile.task.slot_end;
+    for (const ViewedSlots& view : tile.views) slots += view.slot_end;
+    const int64_t most = slots / std::max(kShortestSplit, args.block_size);
+    tile.splits =
+        std::clamp<int64_t>((tile.work + tile.view_work + share - 1) / share, 1, std::max<int64_t>(1, most));
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.share() > b.share(); });
+}
+
+// The k-th of a tile's pieces: all its blocks, its sequence's and then each view's, are shared out evenly.
+AttentionTask piece_of(const Tile& tile, int64_t k, int64_t block_size, AttentionPlan& plan) {
+  const auto blocks_of = [=](int64_t slots) { return (slots + block_size - 1) / block_size; };
+  int64_t blocks = blocks_of(tile.task.slot_end);
+  for (const ViewedSlots& view : tile.views) blocks += blocks_of(view.slot_end);
+  int64_t begin = blocks * k / tile.splits, end = blocks * (k + 1) / tile.splits;
+  const auto cut = [&](auto& of) {
+    const int64_t count = blocks_of(of.slot_end), slots = of.slot_end;
+    of.slot_begin = std::min(slots, std::clamp<int64_t>(begin, 0, count) * block_size);
+    of.slot_end = std::min(slots, std::clamp<int64_t>(end, 0, count) * block_size);
+    begin -= count;
+    end -= count;
+    return of.slot_begin < of.slot_end;
+  };
+  AttentionTask piece = tile.task;
+  cut(piece);
+  std::vector<ViewedSlots> views;
+  for (ViewedSlots view : tile.views)
+    if (cut(view)) views.push_back(view);
+  if (views.empty()) return piece;
+  plan.views.push_back(std::move(views));
+  piece.views = plan.views.back().data();
+  piece.view_count = (int64_t)plan.views.back().size();
+  return piece;
 }
 
 }  // namespace
 
 AttentionPlan plan_attention(const AttentionArgs& args, const int32_t* query_starts, const int32_t* kv_slots,
-                             int64_t sequences, int64_t threads) {
-  std::vector<Tile> tiles = cut_rows(args, query_starts, kv_slots, sequences, threads);
+                             int64_t sequences, int64_t threads, const ViewsOfTile& views_of_tile) {
+  std::vector<Tile> tiles = cut_rows(args, query_starts, kv_slots, sequences, threads, views_of_tile);
   AttentionPlan plan;
-  for (const Tile& tile : tiles) plan.work += tile.work;
-  if (threads > 1) split_slots(args, tiles, plan.work, threads);
+  if (threads > 1) split_slots(args, tiles, threads);
   int64_t floats = 0, tasks = 0, most_rows = 0, most_heads = 0;
   for (const Tile& tile : tiles) {
     if (tile.splits > 1) floats += tile.splits * partial_floats(args, tile.task);
@@ -79,19 +119,16 @@ AttentionPlan plan_attention(const AttentionArgs& args, const int32_t* query_sta
   plan.partials.resize(floats);
   float* partial = plan.partials.data();
   for (const Tile& tile : tiles) {
-    AttentionTask task = tile.task;
-    if (tile.splits == 1) {
-      plan.tasks.push_back(task);
-      continue;
+    if (tile.splits > 1) {
+      plan.merges.push_back({tile.task, tile.splits});
+      plan.merges.back().whole.partial = partial;
     }
-    task.partial = partial;
-    plan.merges.push_back({task, tile.splits});
-    const int64_t end = task.slot_end, blocks = (end + args.block_size - 1) / args.block_size;
     for (int64_t k = 0; k < tile.splits; ++k) {
-      task.slot_begin = blocks * k / tile.splits * args.block_size;
-      task.slot_end = std::min(end, blocks * (k + 1) / tile.splits * args.block_size);
-      task.partial = partial;
-      partial += partial_floats(args, task);
+      AttentionTask task = piece_of(tile, k, args.block_size, plan);
+      if (tile.splits > 1) {
+        task.partial = partial;
+        partial += partial_floats(args, task);
+      }
       plan.tasks.push_back(task);
     }
   }

@@ -77,12 +77,13 @@ static void merge_task(const AttentionArgs& args, const MergeTask& merge) {
   }
 }
 
-// Finishes rows [begin, end) with what their turned rows saw.
+// Finishes the rows whose numbers are [begin, end) of the list with what their turned rows saw.
 template <class T>
 static void join_rows(const AttentionArgs& args, const JoinArgs& join, int64_t begin, int64_t end) {
   const int64_t dim = args.head_dim, heads = args.query_heads;
-  for (int64_t row = begin; row < end; ++row) {
-    const int32_t *first = join.turns + join.starts[row], *last = join.turns + join.starts[row + 1];
+  for (int64_t j = begin; j < end; ++j) {
+    const int64_t row = join.numbers[j];
+    const int32_t *first = join.turns + join.starts[j], *last = join.turns + join.starts[j + 1];
     for (int64_t head = 0; head < heads; ++head) {
       float* into = join.rows + (row * heads + head) * (dim + 2);
       auto part_of = [&](int32_t turn) { return join.turned + (turn * heads + head) * (dim + 2); };

@@ -38,7 +38,8 @@ struct Chunk {
   }
 };
 
-// Walks the task's slots in table order and hands out those that some row of the tile may see.
+// Walks the task's slots in table order, then one view's after another, and hands out those that some row of the tile
+// may see.
 template <class K>
 class SlotWalk {
  public:
@@ -46,14 +47,20 @@ class SlotWalk {
       : args_(args), next_(task.slot_begin), end_(task.slot_end) {
     table_ = args.block_tables + task.sequence * args.block_tables_stride;
     keys_ = static_cast<const K*>(args.kv) + task.head_begin * args.head_stride;
-    int32_t low = INT32_MAX;
-    highest_ = -1;
     for (int64_t r = 0; r < task.row_count; ++r) {
       int32_t position = args.positions[task.row_begin + r];
-      low = position < low ? position : low;
-      highest_ = position > highest_ ? position : highest_;
+      first_ = position < first_ ? position : first_;
+      last_ = position > last_ ? position : last_;
     }
-    lowest_ = args.window > 0 ? (int32_t)larger(0, low - args.window + 1) : 0;
+    look_from(0);
+  }
+
+  // Goes on to the slots of a view, which are handed out with the positions that they hold.
+  void enter(const ViewedSlots& view) {
+    table_ = view.table;
+    next_ = view.slot_begin;
+    end_ = view.slot_end;
+    look_from(view.shift);
   }
 
   bool fill(Chunk<K>& chunk) {
@@ -90,7 +97,13 @@ class SlotWalk {
   const int32_t* table_;
   const K* keys_;
   int64_t next_, end_;
-  int32_t lowest_, highest_;
+  int32_t first_ = INT32_MAX, last_ = -1;  // lowest and highest position of a row
+  int32_t lowest_, highest_;               // of what they may see
+
+  void look_from(int32_t shift) {
+    highest_ = last_ - shift;
+    lowest_ = args_.window > 0 ? (int32_t)larger(0, (int64_t)first_ - shift - args_.window + 1) : 0;
+  }
 };
 
 }  // namespace

@@ -3,8 +3,13 @@
 //
 // A row sees a slot of position q in a view, shifted by d, as one of position q + d. Only differences of positions turn
 // keys against queries, so it looks at the view as a row d positions before itself, with its query turned back by as
-// much: one more row of one more sequence. All rows of a view so lie in the same tiles, which read it once for all.
-// What a row saw in its own slots and in views is joined in the end as the splits of a long sequence are.
+// much. There are two ways to get that done:
+//
+// - Rows walk: a task that has a tile of several rows of one sequence goes through the views behind its own slots, with
+//   one running softmax. That is what prefill's rows do, which cost as much as over slots of their own.
+// - Rows meet: the turned row is one more row of one more sequence, the view. Rows of all sequences so lie in the same
+//   tiles, which read a view once for all; what a row saw in its own slots and in views is joined in the end as the
+//   splits of a long sequence are. That is for sequences of few rows (decode), whose time is that of reading.
 #pragma once
 
 #include <memory>
@@ -43,13 +48,17 @@ class ViewsPlan {
 
  private:
   AttentionViews views_;
-  int64_t rows_;
-  std::vector<int32_t> positions_;       // [U] of turned rows
-  std::vector<int32_t> starts_, turns_;  // as in JoinArgs
+  std::vector<bool> meets_;  // [T] not: walks
+  // Of rows that meet: how they look at views, one view's rows after another's, and the rows that are joined from that.
+  std::vector<int32_t> rows_, shifts_, positions_;  // [U']
+  std::vector<int32_t> numbers_, starts_, turns_;   // as in JoinArgs
   AttentionPlan own_, shared_;
-  // What lies between the steps of a layer.
-  std::unique_ptr<float[]> queries_;          // [U, Hq, D] of the query's dtype
-  std::unique_ptr<float[]> results_, turned_;  // [T, Hq, D + 2], [U, Hq, D + 2]
+  // What lies between the steps of a layer, of rows that meet.
+  std::unique_ptr<float[]> queries_;           // [U', Hq, D] of the query's dtype
+  std::unique_ptr<float[]> results_, turned_;  // [T, Hq, D + 2], [U', Hq, D + 2]
+
+  // Returns where each view's rows start.
+  std::vector<int32_t> gather(const int32_t* positions);
 };
 
 }  // namespace kvarn

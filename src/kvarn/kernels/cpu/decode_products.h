@@ -215,7 +215,11 @@ struct KeyProduct<T, int8_t> {
       const __m512i rounded = _mm512_cvtps_epi32((__m512)(load(from + d, dim - d) * by));
       total = _mm512_add_epi32(total, rounded);
       const __m128i packed = _mm512_cvtsepi32_epi8(rounded);
-      memcpy(reinterpret_cast<char*>(to) + d, &packed, smaller(kLanes, dim - d));
+      char* codes = reinterpret_cast<char*>(to) + d;
+      if (dim - d >= kLanes)
+        memcpy(codes, &packed, kLanes);  // of a fixed size it is one instruction
+      else
+        memcpy(codes, &packed, dim - d);
     }
     offset = -128 * _mm512_reduce_add_epi32(total);
     return high / 127.f;

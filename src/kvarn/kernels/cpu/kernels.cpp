@@ -26,7 +26,7 @@ namespace {
 template <class T, class K>
 int64_t blocked_bytes(const AttentionArgs& args, int64_t rows, int64_t kv_heads) {
 #if defined(__AVX512VNNI__)
-  if constexpr (std::is_same_v<K, int8_t>) return Int8Buffers(args, rows, kv_heads, nullptr).bytes;
+  if constexpr (std::is_same_v<K, int8_t>) return Int8Buffers<T>(args, rows, kv_heads, nullptr).bytes;
 #endif
   return Tiles<T, K>(args, rows, kv_heads, nullptr).bytes;
 }
@@ -46,7 +46,7 @@ int64_t scratch_bytes_of(const AttentionArgs& args, int64_t rows, int64_t kv_hea
 }
 template <class T, class K>
 void attention_of(const AttentionArgs& args, const AttentionTask& task, char* scratch) {
-  if (takes_decode(args, task.row_count))
+  if (task.view_count == 0 && takes_decode(args, task.row_count))
     DecodeTask<T, K>(args, task, scratch).run();
   else
     blocked<T, K>(args, task, scratch);

@@ -28,8 +28,17 @@ struct AttentionArgs {
   int64_t query_heads, kv_heads, group, head_dim, block_size;
   float scale, softcap;
   int64_t window;
+  const float* cos_sin;  // [P, R], where tasks may have views; or null
+  int64_t rotary;
   bool is_bfloat16;  // query and out
   bool is_int8;      // kv
+};
+
+// Slots of a view, in each of which a task's rows find the token of a position `shift` further on.
+struct ViewedSlots {
+  const int32_t* table;
+  int64_t slot_begin, slot_end;  // slot_begin is the first of a block
+  int32_t shift, lowest;         // lowest: position that a slot of the view holds
 };
 
 // One piece of attention: some rows of one sequence, the query heads of some kv heads, a range of its slots.
@@ -40,6 +49,9 @@ struct AttentionTask {
   int64_t slot_begin, slot_end;    // slot_begin is the first of a block
   // Where the unfinished result goes when the slots are split over several tasks; null: finish and write to `out`.
   float* partial;
+  // What the rows look at after their sequence's slots.
+  const ViewedSlots* views;
+  int64_t view_count;
 };
 
 // An unfinished result is, of a row and head, the weighted sums, the maximum (in units of log2) and the sum of weights.
@@ -66,7 +78,8 @@ struct TurnArgs {
 struct JoinArgs {
   float* rows;                    // [T, Hq, D + 2], used up
   const float* turned;            // [U, Hq, D + 2]
-  const int32_t *starts, *turns;  // [T + 1], [U]: row r has turned rows turns[starts[r]] to turns[starts[r + 1] - 1]
+  const int32_t* numbers;         // [J]: the rows to be joined
+  const int32_t *starts, *turns;  // [J + 1], [U]: the j-th has turned rows turns[starts[j]] to turns[starts[j + 1] - 1]
 };
 
 struct NormArgs {

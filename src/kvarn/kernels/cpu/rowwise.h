@@ -48,7 +48,7 @@ KVARN_INLINE void rotate(const T* from, T* to, const float* cosines, const float
     store(to + i, a * c - b * s, count);
     store(to + half + i, b * c + a * s, count);
   }
-  if (to != from) memcpy(to + rotary, from + rotary, (dim - rotary) * sizeof(T));
+  if (to != from && rotary < dim) memcpy(to + rotary, from + rotary, (dim - rotary) * sizeof(T));
 }
 
 // Angles of position 0 are all 0, so its cosines are the factor that the table was made with (YaRN's), which a query

@@ -47,6 +47,8 @@ class Packer:
         self._laid_out: list[int] = []
         """Places in the batch of requests with a layout."""
         self._views: SharedViews | None = None
+        self._views_hold = True
+        """Whether they are right wherever the rows of this layout stand."""
 
     def pack(self, batch: Batch) -> ForwardBatch:
         """Tensors of the batch. A row that samples wants logits for its last token and each draft before it."""
@@ -62,6 +64,9 @@ class Packer:
         self._kv_slots[: len(requests)] = ends
         if self._laid_out:
             own_slots = self._place(requests, starts, ends)
+            if not self._views_hold:
+                self._views, self._views_hold = pack_views(requests, self._query_starts, positions, self._block_size)
+                self._forward = None
         blocks, offsets = np.divmod(own_slots, self._block_size)
         self._slots[:rows] = self._tables[self._sequence_of_row, blocks] * self._block_size + offsets
         if self._laid_out:
@@ -113,7 +118,7 @@ class Packer:
         rows = np.flatnonzero(wanted)
         self._num_logits = len(rows)
         self._logit_rows[: len(rows)] = rows
-        self._views = pack_views(requests, self._query_starts, self._block_size) if self._laid_out else None
+        self._views, self._views_hold = None, not self._laid_out
 
     def _update_tables(self, requests: list[Request], ends: NDArray[np.int64]) -> None:
         """Copy the blocks that the tables do not have yet."""
