@@ -1,6 +1,7 @@
 """Which rows of a batch look at which shared segments' blocks: rows of all requests on the same blocks go together.
 
-Rows that stand before a segment see nothing of it and are left out.
+Rows that stand before a segment see nothing of it and are left out. Segments that the same rows see with the same
+shifts (encoded behind one another, told in that order) are one view.
 """
 
 from __future__ import annotations
@@ -29,29 +30,33 @@ def pack_views(
     for i, request in enumerate(requests):
         first, end = int(query_starts[i]), int(query_starts[i + 1])
         for view in request.layout.views if request.layout is not None else ():
-            start = max(view.segment.sink, view.numbers[0] * block_size) + view.shift
+            segment = view.segment
+            start = segment.origin + max(0, view.numbers[0] * block_size - segment.sink) + view.shift
             rows = first + np.flatnonzero(positions[first:end] >= start)
             complete = complete and len(rows) == end - first
             if len(rows) == 0:
                 continue
-            table = tuple(view.segment.blocks[number] for number in view.numbers)
+            table = tuple(segment.blocks[number] for number in view.numbers)
             place = tables.setdefault(table, len(tables))
             if place == len(readers):
                 readers.append([])
             readers[place].append((rows, view.shift))
     if not tables:
         return None, complete
-    width = max(map(len, tables))
-    packed = np.zeros((len(tables), width), dtype=np.int32)
-    for table, place in tables.items():
-        packed[place, : len(table)] = table
-    entries = [entry for group in readers for entry in group]
-    starts = np.cumsum([0, *(sum(len(rows) for rows, _ in group) for group in readers)], dtype=np.int32)
+    joined: dict[tuple[bytes, bytes], list[int]] = {}
+    for table, group in zip(tables, readers, strict=True):
+        rows = np.concatenate([rows for rows, _ in group]).astype(np.int32)
+        shifts = np.concatenate([np.full(len(rows), shift, dtype=np.int32) for rows, shift in group])
+        joined.setdefault((rows.tobytes(), shifts.tobytes()), []).extend(table)
+    packed = np.zeros((len(joined), max(map(len, joined.values()))), dtype=np.int32)
+    for place, blocks in enumerate(joined.values()):
+        packed[place, : len(blocks)] = blocks
+    entries = [np.frombuffer(rows, dtype=np.int32) for rows, _ in joined]
     views = SharedViews(
         block_tables=torch.from_numpy(packed),
-        kv_slots=torch.tensor([len(table) * block_size for table in tables], dtype=torch.int32),
-        row_starts=torch.from_numpy(starts),
-        rows=torch.from_numpy(np.concatenate([rows for rows, _ in entries]).astype(np.int32)),
-        shifts=torch.from_numpy(np.concatenate([np.full(len(rows), shift, np.int32) for rows, shift in entries])),
+        kv_slots=torch.tensor([len(blocks) * block_size for blocks in joined.values()], dtype=torch.int32),
+        row_starts=torch.tensor([0, *np.cumsum([len(rows) for rows in entries])], dtype=torch.int32),
+        rows=torch.from_numpy(np.concatenate(entries)),
+        shifts=torch.from_numpy(np.concatenate([np.frombuffer(shifts, dtype=np.int32) for _, shifts in joined])),
     )
     return views, complete
