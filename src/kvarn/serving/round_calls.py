@@ -21,17 +21,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kvarn.serving.conversations import Conversations, Resumption
+from kvarn.serving.conversations import Conversations
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.segments import SegmentStore
-from kvarn.serving.request import Request, RequestState
+from kvarn.serving.request import Request
+from kvarn.serving.round_choices import RoundChoices
+from kvarn.serving.round_group import RoundCounters, RoundGroup, common_prefix
 from kvarn.serving.rounds.barrier import Barrier, Gathered, RoundKey
-from kvarn.serving.rounds.layout import Placed, lay_out
+from kvarn.serving.rounds.layout import lay_out
 from kvarn.serving.rounds.segment import StoredSegment
-from kvarn.serving.rounds.selection import block_means, choose_blocks, choose_tokens, first_blocks
 from kvarn.serving.rounds.settings import ReuseSettings
 from kvarn.serving.rounds.spans import Span, spans_of
-from kvarn.serving.rounds.work import EncodeJob, Probe, SegmentExecutor
+from kvarn.serving.rounds.work import EncodeJob, SegmentExecutor
 from kvarn.serving.rounds_report import RoundFacts, RoundReport
 
 _log = logging.getLogger(__name__)
@@ -39,41 +40,6 @@ _log = logging.getLogger(__name__)
 _REMEMBERED = 256
 """Rounds whose choice of blocks is kept for members that come late."""
 _REPORTED = 100
-Choice = dict[bytes, frozenset[int]]
-"""Blocks to compute anew, by the segment's key."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Members that are worked on together."""
-
-    gathered: Gathered[Request]
-    members: list[Request]
-    """Those that are still to be released."""
-    segments: dict[int, list[tuple[Span, StoredSegment]]] = field(default_factory=dict)
-    """Of each member, by its id() in memory, which segments stand where."""
-    chain: list[StoredSegment] = field(default_factory=list)
-    """Segments that are encoded behind one another."""
-    before: dict[bytes, tuple[StoredSegment, ...]] = field(default_factory=dict)
-    """By key, those of the chain before each."""
-    sink: int = 0
-    """Leading tokens of a prompt that segments are encoded behind."""
-    resumed: dict[int, Resumption] = field(default_factory=dict)
-    """Of members that go on with what another request left; their `segments` stand behind that."""
-    resolved: bool = False
-    waits_for: Request | None = None
-    """In mode "serial", whoever has to get his first token before the next one is looked at."""
-
-    def segments_of(self, request: Request) -> list[StoredSegment]:
-        """All that a member reads."""
-        resumption = self.resumed.get(id(request))
-        old = [] if resumption is None else [each.segment for each in resumption.placed]
-        return old + [segment for _, segment in self.segments.get(id(request), [])]
-
-    @property
-    def is_blocked(self) -> bool:
-        request = self.waits_for
-        return request is not None and not request.num_outputs and request.state is not RequestState.FINISHED
 
 
 @dataclass(slots=True)
@@ -106,8 +72,8 @@ class RoundCalls:
         self.settings = settings
         self.counters = RoundCounters()
         self._barrier: Barrier[Request] = Barrier(settings.wait)
-        self._groups: list[_Group] = []
-        self._choices: OrderedDict[RoundKey, Choice] = OrderedDict()
+        self._groups: list[RoundGroup] = []
+        self._choices = RoundChoices(cache, executor, self.counters)
         self._contexts: OrderedDict[RoundKey, dict[bytes, tuple[NDArray[np.int32], NDArray[np.int32]]]] = OrderedDict()
         """What each text of a round that was encoded with others was encoded behind, for members that come late."""
         self._reports: deque[RoundReport] = deque(maxlen=_REPORTED)
@@ -121,7 +87,7 @@ class RoundCalls:
             self._barrier.join(request, request.tenant, request.round, agent, now)
             return True
         if any(part.kind == "shared" for part in request.segments) or (request.segments and self.kept is not None):
-            self._groups.append(_Group(Gathered(("", request.id), [request], now), [request]))
+            self._groups.append(RoundGroup(Gathered(("", request.id), [request], now), [request]))
             return True
         return False
 
@@ -205,7 +171,7 @@ class RoundCalls:
     def advance(self, now: float, budget: int) -> Progress:
         """Go on with rounds, encoding at most `budget` tokens."""
         for gathered in self._barrier.due(now):
-            self._groups.append(_Group(gathered, list(gathered.members)))
+            self._groups.append(RoundGroup(gathered, list(gathered.members)))
             self.counters.late_members += gathered.late
             self.counters.collected_rounds += not gathered.late
         progress = Progress()
@@ -243,7 +209,7 @@ class RoundCalls:
 
     # ---- the stages of a round ---------------------------------------------------------------------------
 
-    def _go_on(self, group: _Group, budget: int, now: float, progress: Progress) -> int:
+    def _go_on(self, group: RoundGroup, budget: int, now: float, progress: Progress) -> int:
         """One stage of a round; the tokens that it took of the budget."""
         if not group.resolved:
             self._resolve(group)
@@ -260,10 +226,10 @@ class RoundCalls:
         group.waits_for = members[0] if self.settings.mode == "serial" and members else None
         return 0
 
-    def _resolve(self, group: _Group) -> None:
+    def _resolve(self, group: RoundGroup) -> None:
         """Find or begin the segments of all members."""
         group.resolved = True
-        common = _common_prefix([request.known_tokens for request in group.members])
+        common = common_prefix([request.known_tokens for request in group.members])
         spans: dict[int, list[Span]] = {}
         behind = max(self.settings.sink_tokens, self.settings.joint_sink if self.settings.source == "joint" else 0)
         for request in group.members:
@@ -289,7 +255,7 @@ class RoundCalls:
                 if (segment := self._take(group, request, request.tokens[span.start : span.end], joint)) is not None
             ]
 
-    def _is_joint(self, group: _Group, spans: dict[int, list[Span]]) -> bool:
+    def _is_joint(self, group: RoundGroup, spans: dict[int, list[Span]]) -> bool:
         """Whether segments are encoded behind one another: all must see the same ones, lest KV tell more than texts.
 
         Who comes late gets those of the others where he sees the same as they do.
@@ -302,7 +268,9 @@ class RoundCalls:
             seen.append(set(known))
         return all(each == seen[0] for each in seen)
 
-    def _take(self, group: _Group, request: Request, tokens: NDArray[np.int32], joint: bool) -> StoredSegment | None:
+    def _take(
+        self, group: RoundGroup, request: Request, tokens: NDArray[np.int32], joint: bool
+    ) -> StoredSegment | None:
         """The segment of these tokens for a member of a group, pinned."""
         salt, content = self.cache.salt(request), tokens.tobytes()
         known = self._contexts.setdefault(group.gathered.key, {})
@@ -322,7 +290,7 @@ class RoundCalls:
             self._contexts.popitem(last=False)
         return segment
 
-    def _resume(self, group: _Group, request: Request, exact: int) -> int:
+    def _resume(self, group: RoundGroup, request: Request, exact: int) -> int:
         """Let a member go on with what is kept of its conversation, if that is more than `exact` tokens; its tokens."""
         found = None if self.kept is None else self.kept.find(request, exact)
         if self.kept is None or found is None:
@@ -334,7 +302,7 @@ class RoundCalls:
         group.before.update(resumption.before)
         return len(found.tokens)
 
-    def _missing(self, group: _Group, members: Sequence[Request]) -> list[StoredSegment]:
+    def _missing(self, group: RoundGroup, members: Sequence[Request]) -> list[StoredSegment]:
         """Segments without what the members need of them."""
         used = {segment.key: segment for request in members for segment in group.segments_of(request)}
         incomplete = any(not segment.is_encoded for segment in used.values())
@@ -342,7 +310,7 @@ class RoundCalls:
         missing = [each for each in used.values() if not each.is_encoded or (placed and not each.blocks)]
         return sorted(missing, key=lambda each: len(each.before))  # what others are encoded behind comes first
 
-    def _encode(self, group: _Group, missing: Sequence[StoredSegment], budget: int) -> int:
+    def _encode(self, group: RoundGroup, missing: Sequence[StoredSegment], budget: int) -> int:
         """Bring segments to the device, computing at most `budget` tokens; what that took of the budget."""
         jobs: list[EncodeJob] = []
         loads: list[StoredSegment] = []
@@ -374,19 +342,10 @@ class RoundCalls:
                 self.counters.encoded_tokens += job.count
         return used
 
-    def _release(self, group: _Group, members: Sequence[Request], now: float) -> None:
+    def _release(self, group: RoundGroup, members: Sequence[Request], now: float) -> None:
         """Choose what is computed anew, and give each member its layout."""
         sharing = [request for request in members if group.segments_of(request)]
-        if self.settings.whole_blocks:
-            choice = self._choose_blocks(group, sharing)
-            placed = {
-                id(request): [
-                    Placed(segment, span.start, choice[segment.key]) for span, segment in group.segments[id(request)]
-                ]
-                for request in sharing
-            }
-        else:
-            placed = self._choose_tokens(group, sharing)
+        placed = self._choices.choose(group, sharing, self.settings)
         for request in sharing:
             resumption = group.resumed.get(id(request))
             parts = [*(resumption.placed if resumption is not None else ()), *placed[id(request)]]
@@ -403,7 +362,7 @@ class RoundCalls:
         for request in members:
             self._let_go(group, request)
 
-    def _report(self, group: _Group, members: Sequence[Request], now: float) -> None:
+    def _report(self, group: RoundGroup, members: Sequence[Request], now: float) -> None:
         """Note what became of members that are about to be released; those of serial rounds one by one."""
         hint = members[0].round if members else None
         if hint is None:
@@ -423,101 +382,9 @@ class RoundCalls:
             )
         )
 
-    def _choose_blocks(self, group: _Group, members: Sequence[Request]) -> Choice:
-        """One choice for all."""
-        size = self.cache.block_size
-        known: Choice = dict(self._choices.get(group.gathered.key, {}))
-        segments = {
-            segment.key: segment
-            for request in members
-            for _, segment in group.segments[id(request)]
-            if segment.key not in known
-        }
-        if self.settings.mode == "lego":
-            for key, segment in segments.items():
-                known[key] = first_blocks(segment.num_blocks(size), self.settings.lego_blocks)
-        elif segments:
-            probed = self._probe_all(group, _covering(group, members, set(segments), self.settings.probes))
-            pool = np.max if self.settings.sharpness == "max" else np.mean
-            means = [
-                block_means(pool(np.stack(probed[key]), axis=0), segment.sink, size)
-                for key, segment in segments.items()
-            ]
-            known.update(zip(segments, choose_blocks(means, self.settings.share), strict=True))
-        self._choices[group.gathered.key] = known
-        self._choices.move_to_end(group.gathered.key)
-        if len(self._choices) > _REMEMBERED:
-            self._choices.popitem(last=False)
-        return known
-
-    def _choose_tokens(self, group: _Group, members: Sequence[Request]) -> dict[int, list[Placed]]:
-        """For each member by itself."""
-        placed: dict[int, list[Placed]] = {}
-        deviations = self._probe(group, members)
-        for request, found in zip(members, deviations, strict=True):
-            tokens = choose_tokens(found, self.settings.share)
-            placed[id(request)] = [
-                Placed(segment, span.start, tokens=chosen)
-                for (span, segment), chosen in zip(group.segments[id(request)], tokens, strict=True)
-            ]
-        return placed
-
-    def _probe_all(self, group: _Group, probes: Sequence[Request]) -> dict[bytes, list[NDArray[np.float32]]]:
-        found: dict[bytes, list[NDArray[np.float32]]] = {}
-        for request, deviations in zip(probes, self._probe(group, probes), strict=True):
-            for (_, segment), deviation in zip(group.segments[id(request)], deviations, strict=True):
-                found.setdefault(segment.key, []).append(deviation)
-        return found
-
-    def _probe(self, group: _Group, members: Sequence[Request]) -> list[list[NDArray[np.float32]]]:
-        if not members:
-            return []
-        probes = []
-        for request in members:
-            placed = tuple(Placed(segment, span.start) for span, segment in group.segments[id(request)])
-            prefix = self.cache.prefix_blocks(request, placed[0].start)
-            probes.append(Probe(request, tuple(prefix), placed))
-        self.counters.selection_passes += 1 if self.settings.mode != "serial" else len(probes)
-        return self.executor.deviations(probes)
-
-    def _let_go(self, group: _Group, request: Request) -> None:
+    def _let_go(self, group: RoundGroup, request: Request) -> None:
         """The group's hold on a member's segments."""
         for segment in group.segments_of(request):
             self.store.unpin(segment)
         group.segments.pop(id(request), None)
         group.resumed.pop(id(request), None)
-
-
-@dataclass(slots=True)
-class RoundCounters:
-    """Since the engine's start."""
-
-    collected_rounds: int = 0
-    late_members: int = 0
-    encoded_tokens: int = 0
-    loaded_segments: int = 0
-    reused_tokens: int = 0
-    refreshed_tokens: int = 0
-    selection_passes: int = 0
-
-
-def _covering(group: _Group, members: Sequence[Request], keys: set[bytes], least: int) -> list[Request]:
-    """The first members, so many that each segment is seen by one of them, and `least` at least."""
-    chosen: list[Request] = []
-    unseen = set(keys)
-    for request in members:
-        sees = {segment.key for _, segment in group.segments[id(request)]}
-        if sees & unseen or (len(chosen) < least and sees & keys):
-            chosen.append(request)
-            unseen -= sees
-    return chosen
-
-
-def _common_prefix(prompts: Sequence[NDArray[np.int32]]) -> int:
-    """Leading tokens that all have in common."""
-    shortest = min(map(len, prompts), default=0)
-    common = shortest
-    for prompt in prompts[1:]:
-        differs = np.flatnonzero(prompt[:common] != prompts[0][:common])
-        common = int(differs[0]) if len(differs) else common
-    return common
