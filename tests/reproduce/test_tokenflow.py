@@ -53,7 +53,7 @@ def test_lists_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "tokencake, or all"),
+        ((), "tokendance, or all"),
         (("perpetuum",), "tokenflow"),
         (("tokenflow", "--quick", "--full"), "--full"),
         (("tokenflow", "--only", "e77"), "e10"),

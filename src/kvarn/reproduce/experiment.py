@@ -206,7 +206,7 @@ def _code() -> str:
 
 
 def _sources(root: Path) -> Iterable[Path]:
-    parts = ("hardware", "serving", "simulation", "reproduce")
+    parts = ("hardware", "kernels", "models", "bench", "serving", "simulation", "reproduce")
     return sorted(path for part in parts for kind in ("*.py", "*.toml") for path in (root / part).rglob(kind))
 
 

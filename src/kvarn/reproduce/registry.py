@@ -10,6 +10,7 @@ from kvarn.reproduce.experiment import Experiment
 EXPERIMENTS: dict[str, str] = {
     "tokenflow": "kvarn.reproduce.tokenflow.experiment",
     "tokencake": "kvarn.reproduce.tokencake.experiment",
+    "tokendance": "kvarn.reproduce.tokendance.experiment",
 }
 """Name -> module whose EXPERIMENT it is; imported when asked for."""
 
