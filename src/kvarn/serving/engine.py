@@ -23,6 +23,8 @@ from kvarn.serving.block_states import count_blocks
 from kvarn.serving.clock import Clock
 from kvarn.serving.costs import Costs
 from kvarn.serving.counters import Counters
+from kvarn.serving.drafting import write_drafts
+from kvarn.serving.engine_check import check_engine
 from kvarn.serving.executors.protocol import Executor
 from kvarn.serving.fit import require_fit
 from kvarn.serving.kvcache.cache import KVCache
@@ -170,7 +172,10 @@ class Engine:
         while self.tiers is not None and self.tiers.copies_first:
             self.tiers.wait(_COPY_WAIT)
             self._end_copies(self.clock.now())
-        self._draft(batch)
+        batch.decodes = all(row.count == 1 and row.samples for row in batch.rows)
+        if self.speculator is not None and batch.decodes:  # beside prompts a row is not nearly free
+            budget = self.token_budget - len(batch.rows)
+            self.counters.drafted_tokens += write_drafts(self.speculator, batch, self.cache, budget)
         sampled = self._compute(batch)
         self._advance(batch, sampled)
         if self.tiers is not None:
@@ -210,20 +215,7 @@ class Engine:
 
     def check(self) -> None:
         """Raise AssertionError unless queues, states and KV blocks agree."""
-        holders = self.running + self.loading
-        stand_ins, reserved = ([], []) if self.agents is None else self.agents.held.holders()
-        if self.tiers is None:
-            self.cache.check(holders + stand_ins, reserved)
-        else:
-            self.tiers.check(holders + stand_ins, reserved)
-        assert all(r.state is RequestState.WAITING and r.num_blocks == 0 for r in self.waiting)
-        assert all(r.state is RequestState.LOADING for r in self.loading)
-        assert all(r.state is RequestState.RUNNING for r in self.running)
-        held = 0
-        if self.rounds is not None:
-            held = self.rounds.num_held
-            self.rounds.check()
-        assert len(self.waiting) + len(holders) + held == len(self.requests)
+        check_engine(self)
 
     # ---- the parts of a step -----------------------------------------------------------------------------
 
@@ -300,22 +292,6 @@ class Engine:
             elif computed == 0:
                 self._preempt(request)  # admitted on a promise that did not hold
         return batch
-
-    def _draft(self, batch: Batch) -> None:
-        """Let rows that decode carry guesses at what comes next, where budget and blocks are left."""
-        batch.decodes = all(row.count == 1 and row.samples for row in batch.rows)
-        if self.speculator is None or not batch.decodes:
-            return  # beside prompts a row is not nearly free
-        budget = self.token_budget - len(batch.rows)
-        drafts = self.speculator.drafts([row.request for row in batch.rows], budget)
-        for row, draft in zip(batch.rows, drafts, strict=True):
-            request = row.request
-            if draft and self.cache.pool.num_available <= len(batch.rows):
-                del draft[request.num_blocks * self.cache.block_size - request.num_slots :]  # takes no scarce block
-            if draft and self.cache.grow(request, request.num_tokens + len(draft)):
-                request.write_drafts(draft)
-                row.count, row.drafts = row.count + len(draft), len(draft)
-                self.counters.drafted_tokens += len(draft)
 
     def _compute(self, batch: Batch) -> list[list[SampledToken]]:
         """Run the batch. A forward pass that raises fails the requests in it, not the engine."""
