@@ -89,6 +89,27 @@ class PagedTextSegments:
             slots = self.pages.slots(request.blocks, layout.slots[each.start + kept])
             self._copy(each.segment, each.segment.sink + kept, slots, each.start + kept)
 
+    def read(self, blocks: Sequence[int]) -> np.ndarray:
+        self._may_fail()
+        return _bytes(self.pages, blocks)
+
+    def write(self, request: Request, first: int, blocks: np.ndarray) -> None:
+        self._may_fail()
+        layout, size = request.layout, self.pages.block_size
+        assert layout is not None
+        _fill(self.pages, request.blocks[first : first + len(blocks)], blocks)
+        places = np.arange(first * size, layout.resumed)
+        positions, slots = layout.order[places], self.pages.slots(request.blocks, places)
+        assert np.array_equal(self.pages.tokens.reshape(-1)[slots], request.tokens[positions]), "another's blocks"
+        self.pages.positions.reshape(-1)[slots] = positions
+
+    def read_segment(self, segment: StoredSegment) -> np.ndarray:
+        self._check(segment)
+        return _bytes(self.canonical, segment.canonical)
+
+    def write_segment(self, segment: StoredSegment, blocks: np.ndarray) -> None:
+        _fill(self.canonical, segment.canonical, blocks)
+
     def _may_fail(self) -> None:
         if self.fail_next:
             self.fail_next = False
@@ -110,3 +131,14 @@ class PagedTextSegments:
     def _deviation(self, segment: StoredSegment) -> np.ndarray:
         drawn = np.random.default_rng(zlib.crc32(segment.tokens.tobytes())).random(segment.length)
         return drawn.astype(np.float32)
+
+
+def _bytes(memory: TextMemory, blocks: Sequence[int]) -> np.ndarray:
+    """[n, 1, 1, 1, B, 8]: tokens and values."""
+    both = np.stack([memory.tokens[list(blocks)].view(np.uint32), memory.values[list(blocks)]], axis=-1)
+    return both.view(np.uint8)[:, None, None, None]
+
+
+def _fill(memory: TextMemory, blocks: Sequence[int], content: np.ndarray) -> None:
+    both = np.ascontiguousarray(content[:, 0, 0, 0]).view(np.uint32)
+    memory.tokens[list(blocks)], memory.values[list(blocks)] = both[..., 0].view(np.int32), both[..., 1]

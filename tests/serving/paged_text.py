@@ -17,11 +17,13 @@ import numpy as np
 from kvarn.serving.agent_calls import AgentCalls
 from kvarn.serving.batch import Batch, SampledToken, ScheduledRequest
 from kvarn.serving.clock import VirtualClock
+from kvarn.serving.conversations import Conversations
 from kvarn.serving.engine import Engine
 from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.copies import CopyJob, Direction
 from kvarn.serving.kvcache.disk import DiskIndex, DiskJob, DiskTier, perform
 from kvarn.serving.kvcache.disk_file import DiskFile
+from kvarn.serving.kvcache.mirrors import MirrorStore
 from kvarn.serving.kvcache.segments import Hash, SegmentStore
 from kvarn.serving.kvcache.tiers import Tiers
 from kvarn.serving.policies.fcfs import FirstComeFirstServed
@@ -242,10 +244,12 @@ def make_engine(
     reuse: ReuseSettings | None = None,
     segment_blocks: int = 64,
     segment_hash: Hash | None = None,
+    mirror_bytes: int = 0,
 ) -> Engine:
     """With `host_slots`, an engine with a second tier; with a `folder`, a third of `disk_records` there.
 
-    `step`: seconds that steps take; `agents`: tool calls are heard of; `reuse`: of shared segments.
+    `step`: seconds that steps take; `agents`: tool calls are heard of; `reuse`: of shared segments;
+    `mirror_bytes`: for what requests with these leave.
     """
     clock = VirtualClock()
     seconds = step if step is not None else 0.25 if host_slots else 0.0
@@ -256,7 +260,10 @@ def make_engine(
     if reuse is not None:
         options = {} if segment_hash is None else {"hash": segment_hash}
         store = cache.segments = SegmentStore(cache, segment_blocks, **options)
-        rounds = RoundCalls(cache, store, PagedTextSegments(executor.pages, segment_blocks), reuse)
+        segments = PagedTextSegments(executor.pages, segment_blocks)
+        keeps = mirror_bytes > 0 and not reuse.is_dense
+        kept = Conversations(cache, store, segments, reuse, MirrorStore(mirror_bytes)) if keeps else None
+        rounds = RoundCalls(cache, store, segments, reuse, kept)
     engine = Engine(
         executor,
         policy or FirstComeFirstServed(),

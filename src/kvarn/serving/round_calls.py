@@ -102,8 +102,12 @@ class RoundCalls:
 
     def ends(self, request: Request) -> None:
         """A request that has run is about to give its blocks back."""
-        if self.kept is not None:
+        if self.kept is None:
+            return
+        try:
             self.kept.keep(request)
+        except Exception:
+            _log.exception("what a request leaves is not kept: whoever goes on with it computes it again")
 
     def ended(self, request: Request) -> None:
         """A request has ended: what it read may go."""

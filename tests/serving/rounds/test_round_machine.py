@@ -38,15 +38,15 @@ class Rounds(RuleBasedStateMachine):
     @initialize(
         kind=st.sampled_from(KINDS), blocks=st.integers(18, 44), memory=st.integers(3, 40), budget=st.integers(5, 24),
         sink=st.integers(0, 4), share=st.sampled_from([0.0, 0.3, 1.0]), collide=st.booleans(), drafts=st.booleans(),
-        seed=st.integers(0, 99),
+        seed=st.integers(0, 99), mirrors=st.sampled_from([0, 1500, 4000, 10**6]),
     )  # fmt: skip
     def start(
         self, kind: Kind, blocks: int, memory: int, budget: int, sink: int, share: float, collide: bool, drafts: bool,
-        seed: int,
+        seed: int, mirrors: int,
     ) -> None:  # fmt: skip
         self.engine = society(
             kind, num_blocks=blocks, segment_blocks=memory, token_budget=budget, sink=sink, share=share, step=0.25,
-            segment_hash=(lambda content: b"x") if collide else None,
+            segment_hash=(lambda content: b"x") if collide else None, mirror_bytes=mirrors,
             speculator=Speculator(4, only_where_it_pays=False) if drafts else None,
         )  # fmt: skip
         self.rng = random.Random(seed)
@@ -54,6 +54,7 @@ class Rounds(RuleBasedStateMachine):
             self.engine.executor.next_token = lambda context: next_token(context) % 3
         self.texts: dict[str, list[int]] = {}
         self.requests: dict[str, Request] = {}
+        self.parts: dict[str, list[Part]] = {}
 
     @rule(
         parts=PARTS, count=st.integers(1, 9), round=st.sampled_from(["", "A", "B", "B", "C", "C", "D"]),
@@ -76,7 +77,18 @@ class Rounds(RuleBasedStateMachine):
             assert error.status == 409 or error.code == "context_length_exceeded"
             assert engine.rounds.num_held == before
             return
-        self.requests[request.id], self.texts[request.id] = request, []
+        self.requests[request.id], self.texts[request.id], self.parts[request.id] = request, [], parts
+
+    @rule(more=PARTS, count=st.integers(1, 9), said=st.booleans(), steps=st.integers(0, 40))
+    def go_on_with(self, more: list[Part], count: int, said: bool, steps: int) -> None:
+        """Those who were answered last have more to say."""
+        self.go_on(steps)
+        done = [id for id, each in self.requests.items() if each.finish_reason == FinishReason.LENGTH]
+        for id in [id for id in done if self.requests[id].reused_tokens][-3:]:
+            before = [(kind if said else "private", text) for kind, text in self.parts[id]]
+            if sum(len(text) for _, text in before) < 150:
+                parts = [*before, ("private", [*self.texts[id], 7]), *more]
+                self.come(parts, count, "", 0, self.requests[id].tenant, True, float("inf"))
 
     @rule(
         round=st.sampled_from("BCDD"), texts=st.lists(st.integers(0, 4), min_size=1, max_size=4), data=st.data(),
@@ -147,6 +159,8 @@ class Rounds(RuleBasedStateMachine):
         assert not any(segment.pins for segment in engine.cache.segments._by_key.values()), "a segment is pinned"
         engine.check()
         assert engine.cache.pool.num_active == 0, "a device block leaked"
+        kept = engine.rounds.kept
+        assert kept is None or not (kept._resumed or any(use.pins for use in kept.mirrors._uses.values()))
         assert not engine.executor.alive
 
 
