@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import agents_tables
 from benchmarks.machine_tables import limit_share, memory_beyond, neighbour_rates
+from benchmarks.rounds_tables import ratio
 from benchmarks.streaming_tables import OURS, ratio_to
 from benchmarks.tables import (
     CLASSES,
@@ -73,10 +74,8 @@ def bars_table(folder: Path, allowed: Callable[[str], bool]) -> Lines:
     dates = sorted({session["at"][:10] for data in found.values() for entry in data.get("engines", {}).values()
                     for session in entry["sessions"]})  # fmt: skip
     if dates:
-        lines += [
-            "",
-            f"{machine_line(next(iter(found.values())))} {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
-        ]
+        machine = machine_line(next(data for data in found.values() if "machine" in data))
+        lines += ["", f"{machine} {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."]
     return lines
 
 
@@ -203,6 +202,26 @@ def _agents(found: Results, _: Callable[[str], bool]) -> Iterator[Bar]:
             yield Bar("agents, mean end to end", condition, 0.8, times, at_most=True)
 
 
+def _rounds(found: Results, _: Callable[[str], bool]) -> Iterator[Bar]:
+    arms = found["rounds"]["arms"]
+    if ten := arms.get("10"):
+        for other, needed in (("serial", 1.9), ("batched", 1.0), ("recompute", 3.0)):
+            yield Bar(
+                "rounds, prefill", f"10 agents; times faster than {other}", needed, ratio(ten[other], ten["collective"])
+            )
+    if within := arms.get("capacity"):
+        for name in ("collective", "collective, joint"):
+            condition = (
+                f"{name}: agents within {found['rounds']['conditions']['slo']:g} s, times those of prefix caching"
+            )
+            yield Bar("rounds, agents", condition, 2.0, within[name] / within["recompute"])
+    if plain := arms.get("plain"):
+        times = median(
+            b / a for a, b in zip(*(plain["seconds"][arm] for arm in ("recompute", "collective")), strict=True)
+        )
+        yield Bar("rounds, other traffic", "time with reuse on, times without", 1.02, times, at_most=True)
+
+
 def _simulator(found: Results, allowed: Callable[[str], bool]) -> Iterator[Bar]:
     rows = found["simulator"]["rows"]
     for policy, trace in dict.fromkeys((row["policy"], row["trace"]) for row in rows):
@@ -222,5 +241,6 @@ SOURCES: dict[str, Callable[[Results, Callable[[str], bool]], Iterator[Bar]]] = 
     "neighbours": _neighbours,
     "streaming": _streaming,
     "agents": _agents,
+    "rounds": _rounds,
     "simulator": _simulator,
 }

@@ -200,10 +200,11 @@ def main() -> None:
         arguments.agents, arguments.repeats, arguments.most = [2], 1, 2
     conditions = {key: value for key, value in vars(arguments).items() if key not in ("quick", "arms")}
     results = Results("rounds", conditions, merge=False, quick=arguments.quick)
+    results.data["arms"] = {}
     arms = [Arm(name, arguments) for name in arguments.arms]
     for agents in arguments.agents:
         found = measure(agents, arms, arguments)
-        results.data["engines"][str(agents)] = found
+        results.data["arms"][str(agents)] = found
         results.save()
         base = found.get("serial") or found[arms[0].name]
         print(f"{agents} agents")
@@ -215,16 +216,18 @@ def main() -> None:
             )
     if {"recompute", "collective"} <= set(arguments.arms):
         found = plain([arm for arm in arms if arm.name in ("recompute", "collective")], arguments)
-        results.data["engines"]["plain"] = found
+        results.data["arms"]["plain"] = found
         results.save()
         taken = found["seconds"]
         ratio = statistics.median(b / a for a, b in zip(taken["recompute"], taken["collective"], strict=True))
         print(f"without rounds: {ratio:.3f}x the time, the same tokens: {found['same_tokens']}")
     if arguments.slo:
+        within: dict[str, int] = {}
+        results.data["arms"]["capacity"] = within
         for arm in arms:
-            results.data["engines"].setdefault("capacity", {})[arm.name] = capacity(arm, arguments)
+            within[arm.name] = capacity(arm, arguments)
             results.save()
-            print(f"{arm.name:20} {results.data['engines']['capacity'][arm.name]} agents within {arguments.slo:g} s")
+            print(f"{arm.name:20} {within[arm.name]} agents within {arguments.slo:g} s")
 
 
 if __name__ == "__main__":

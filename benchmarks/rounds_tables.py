@@ -20,7 +20,7 @@ PARTS = (
 
 def rounds_table(data: dict[str, Any]) -> tables.Rendered:
     """Prefill of a round in ms, ratios within repeats, and the most agents within the limit."""
-    conditions, engines = data["conditions"], dict(data["engines"])
+    conditions, engines = data["conditions"], dict(data["arms"])
     capacity: dict[str, int] = engines.pop("capacity", {})
     plain: dict[str, Any] = engines.pop("plain", {})
     sizes = [f"{size} agents" for size in engines]
