@@ -26,6 +26,7 @@ from kvarn.serving.kvcache.cache import KVCache
 from kvarn.serving.kvcache.segments import SegmentStore
 from kvarn.serving.request import Request
 from kvarn.serving.round_choices import RoundChoices
+from kvarn.serving.round_discovery import discover_untold
 from kvarn.serving.round_group import RoundCounters, RoundGroup, common_prefix
 from kvarn.serving.rounds.barrier import Barrier, Gathered, RoundKey
 from kvarn.serving.rounds.layout import lay_out
@@ -235,17 +236,24 @@ class RoundCalls:
         group.resolved = True
         common = common_prefix([request.known_tokens for request in group.members])
         spans: dict[int, list[Span]] = {}
+        untold: dict[int, int] = {}
         behind = max(self.settings.sink_tokens, self.settings.joint_sink if self.settings.source == "joint" else 0)
         for request in group.members:
             hit = self.cache.lookup(request).tokens
             exact = max(hit, common if len(group.members) > 1 else 0)
             begin = max(self._resume(group, request, exact), behind)
+            if request.round is not None and not request.segments:
+                untold[id(request)] = max(begin, exact)
             exact += self.cache.block_size  # less than a block beyond a prefix is soon computed
             spans[id(request)] = [
                 span
                 for span in spans_of(request.segments)
                 if span.end >= exact and span.start >= begin and span.length >= self.settings.shortest
             ]  # the others are computed exactly, like any other text
+        if untold:
+            known = self._contexts.get(group.gathered.key, {})
+            salt = self.cache.salt(group.members[0])
+            discover_untold(group, spans, untold, known=known, store=self.store, salt=salt, settings=self.settings)
         joint = self._is_joint(group, spans)
         if not joint and not self.settings.alone:
             spans = {member: [] for member in spans}

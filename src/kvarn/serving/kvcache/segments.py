@@ -60,6 +60,10 @@ class SegmentStore:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self._by_key.values())
 
+    def texts(self, salt: str) -> list[NDArray[np.int32]]:
+        """The tokens of a tenant's encoded segments."""
+        return [each.tokens for each in self._by_key.values() if each.salt == salt and each.is_encoded]
+
     def find(
         self, tokens: NDArray[np.int32], sink: NDArray[np.int32], salt: str, before: NDArray[np.int32] = _NOTHING
     ) -> StoredSegment | None:

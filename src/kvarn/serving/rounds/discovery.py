@@ -45,27 +45,39 @@ def discover(
     prompts: Sequence[Tokens],
     stored: Sequence[Tokens] = (),
     *,
-    behind: int = 0,
+    behind: Sequence[int] = (),
     shortest: int = 32,
     hash: WindowHash = rolling_hash,
 ) -> list[list[Span]]:
     """Of each prompt, the spans that are reusable, in their order.
 
     stored     texts that count though they stand in one prompt alone; they are taken before all others
-    behind     leading tokens to leave alone: what all prompts begin with is a prefix
+    behind     of each prompt, leading tokens to leave alone: what all begin with is a prefix; none by default
     shortest   tokens of a span at least, two or more
     """
     found: list[list[Span]] = [[] for _ in prompts]
-    text = _join([np.asarray(prompt[behind:], dtype=np.int32) for prompt in prompts], shortest, hash)
+    behind = behind or [0] * len(prompts)
+    text = _join([prompt[begin:] for prompt, begin in zip(prompts, behind, strict=True)], shortest, hash)
     taken = bytearray(len(text.tokens))
     chosen = _take_stored(text, taken, stored, shortest, hash)
     for starts, length in _repeated_runs(text, shortest):
         chosen += _take(starts, length, text.owners, taken, shortest)
     for start, end in chosen:
         owner = int(text.owners[start])
-        offset = behind - int(text.begins[owner])
+        offset = behind[owner] - int(text.begins[owner])
         found[owner].append(Span(start + offset, end + offset))
     return [sorted(spans) for spans in found]
+
+
+def keep_common(prompts: Sequence[Tokens], spans: Sequence[Sequence[Span]], *, always: bool) -> list[list[Span]]:
+    """Of the spans of prompts, those whose tokens all have; without `always`, if they are half of all or more."""
+    texts = [[prompt[start:end].tobytes() for start, end in own] for prompt, own in zip(prompts, spans, strict=True)]
+    common = set.intersection(*map(set, texts))
+    kept = [
+        [span for span, text in zip(*each, strict=True) if text in common] for each in zip(spans, texts, strict=True)
+    ]
+    lengths = [sum(span.length for own in some for span in own) for some in (spans, kept)]
+    return kept if always or 2 * lengths[1] >= lengths[0] else [list(own) for own in spans]
 
 
 class _Text(NamedTuple):
