@@ -146,7 +146,7 @@ def test_bars_are_told_from_results_with_the_condition_and_what_was_not_measured
         "| decode, batch 16 | kvarn bf16 (KL within 0.02) against vLLM bf16 | ≥ 1.3 x | 1.17 x | **missed** |" in table
     )
     assert "1 of 3 hold" in table
-    missing = "agents, limits, long_context, neighbours, overhead, served, simulator, step, streaming"
+    missing = "agents, limits, long_context, neighbours, overhead, rounds, served, simulator, step, streaming"
     assert f"Not measured: {missing}." in table
 
 
