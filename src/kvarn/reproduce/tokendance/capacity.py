@@ -12,6 +12,7 @@ from kvarn.reproduce.statistics import Estimate, level, ratio
 from kvarn.reproduce.tokendance import pictures, prefill
 from kvarn.reproduce.tokendance.setups import BATCHED, COLLECTIVE, COPIES, EXACT, SERIAL, SLO_SECONDS, seeds
 from kvarn.reproduce.tokendance.simulated import Capacity, Crowd
+from kvarn.simulation.rounds.scenarios import Span
 
 _ARMS = {"prefix": EXACT, "serial": SERIAL, "batched": BATCHED, "copies": COPIES, "collective": COLLECTIVE}
 _WORDS = {
@@ -33,13 +34,16 @@ class _Panel:
     size: str
     kind: str
     qps: float
+    short: bool = False
+    """Whether answers are of 32 tokens: longer ones take a large model most of the time there is."""
 
     @property
     def id(self) -> str:
-        return f"{self.size}.{self.kind}.qps-{self.qps:g}"
+        return f"{self.size}.{self.kind}.qps-{self.qps:g}" + (".short" if self.short else "")
 
     def cells(self, scope: Scope, name: str, percentile: float = 95.0) -> tuple[Capacity, ...]:
-        crowd = Crowd(_SCENARIOS[self.kind], self.qps, *_load(scope, self.qps))
+        output = Span(32, 32) if self.short else Span(32, 64)
+        crowd = Crowd(_SCENARIOS[self.kind], self.qps, *_load(scope, self.qps), output=output)
         most = 16 if scope.quick else 48
         return tuple(
             Capacity(crowd, _MODELS[self.size], _ARMS[name], SLO_SECONDS, percentile, most=most, seed=seed)
@@ -47,21 +51,32 @@ class _Panel:
         )
 
 
+def _panels(scope: Scope) -> list[_Panel]:
+    if scope.quick:
+        return [_Panel("7b", "generative", 2.0)]
+    if scope.level == "default":
+        return [
+            _Panel("7b", "generative", 1.0), _Panel("7b", "society", 1.0), _Panel("14b", "generative", 0.5, short=True),
+            _Panel("14b", "generative", 8.0),
+        ]  # fmt: skip
+    rates = (1.0, 2.0, 4.0, 8.0)
+    return [_Panel(size, kind, qps) for size in _MODELS for kind in _SCENARIOS for qps in rates]
+
+
 def _load(scope: Scope, qps: float) -> tuple[int, int]:
     """Rounds of a society, and societies."""
-    return (3, 4) if scope.quick else (8, max(3, round(_SECONDS_OF_LOAD * qps / 8)))
+    if scope.level == "full":
+        return 8, max(3, round(_SECONDS_OF_LOAD * qps / 8))
+    return (3, 4) if scope.quick else (5, 3)
 
 
 def agents(scope: Scope) -> Part:
     """X5."""
-    rates = {"quick": (2.0,), "default": (1.0, 4.0, 8.0), "full": (1.0, 2.0, 4.0, 8.0)}[scope.level]
-    panels = [
-        _Panel(size, kind, qps)
-        for size in (("7b",) if scope.quick else _MODELS)
-        for kind in (("generative",) if scope.quick else _SCENARIOS)
-        for qps in rates
-    ]
-    medians = {(panel, name): panel.cells(scope, name, 50.0) for panel in panels for name in ("prefix", "collective")}
+    panels = _panels(scope)
+    with_medians = [] if scope.level == "default" else panels
+    medians = {
+        (panel, name): panel.cells(scope, name, 50.0) for panel in with_medians for name in ("prefix", "collective")
+    }
     cells = {(panel, name): panel.cells(scope, name) for panel in panels for name in _ARMS}
     real = prefill.real_agents(scope)
 
@@ -85,11 +100,12 @@ def agents(scope: Scope) -> Part:
                 published = 4.0 if (panel.id, name) == ("14b.generative.qps-8", "collective") else None
                 text = f"agents over prefix caching's, {words}"
                 made.append(Row(f"x5.{panel.id}.{name}", text, "x", gain, "simulated", published, "", note))
-            middle = [found(medians[panel, name]) for name in ("collective", "prefix")]
-            gain = ratio(*middle) if all(middle[1]) else Estimate(float("nan"))
-            note = f"{level(middle[0]).value:g} agents over {level(middle[1]).value:g}"
-            text = "agents over prefix caching's, collective, P50"
-            made.append(Row(f"x5.{panel.id}.collective.p50", text, "x", gain, "simulated", None, "", note))
+            if panel in with_medians:
+                middle = [found(medians[panel, name]) for name in ("collective", "prefix")]
+                gain = ratio(*middle) if all(middle[1]) else Estimate(float("nan"))
+                note = f"{level(middle[0]).value:g} agents over {level(middle[1]).value:g}"
+                text = "agents over prefix caching's, collective, P50"
+                made.append(Row(f"x5.{panel.id}.collective.p50", text, "x", gain, "simulated", None, "", note))
             made += _latencies(panel, cells[panel, "prefix"], cells[panel, "collective"], results)
         whole = {id: gain for id, gain in gains.items() if gain.value == gain.value}
         best = max(whole, key=lambda id: whole[id].value)
@@ -102,6 +118,9 @@ def agents(scope: Scope) -> Part:
         return made + prefill.real_rows(real, results)
 
     def draw(results: Results, folder: Path) -> None:
+        rates = list(dict.fromkeys(panel.qps for panel in panels))
+        if len(panels) % len(rates) or any(panel.short for panel in panels):
+            return  # no curves over the rates
         curves = {
             f"{size}, {kind}": {
                 name: [level([results[cell]["agents"] for cell in cells[panel, name]]).value
