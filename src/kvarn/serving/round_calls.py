@@ -38,9 +38,8 @@ from kvarn.serving.rounds_report import RoundFacts, RoundReport
 
 _log = logging.getLogger(__name__)
 
-_REMEMBERED = 256
-"""Rounds whose choice of blocks is kept for members that come late."""
-_REPORTED = 100
+_REMEMBERED, _REPORTED = 256, 100
+"""Rounds that late members are looked up in, and rounds that are told of."""
 
 
 @dataclass(slots=True)
