@@ -84,7 +84,7 @@ def test_what_reuse_changes_is_seen_and_modes_that_compute_the_same_agree(small_
     )  # one engine measures as often as one likes
     assert serial.mean_kl == pytest.approx(batched.mean_kl, rel=1e-3)
     assert 0.05 < batched.refreshed <= 0.1
-    assert 0.1 <= collective.refreshed < 0.3
+    assert 0.05 < collective.refreshed < 0.3  # whole blocks, of which the last has fewer tokens
     for quality in (batched, collective):
         assert quality.mean_kl > 1e-3
         assert quality.p95_kl >= quality.mean_kl / 2
